@@ -1,0 +1,807 @@
+"""What the five methods share and no paper defines: backbones, data, optimisation, and a run's plumbing.
+
+    Legend of all files: B batch, V views, H W map height and width, N = H*W locations, D width.
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import StochasticDepth
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one line that names cause and cure, exit code 2."""
+
+
+# --- 1. Backbones: images (B, 3, H0, W0) -> maps (B, N, D), pooled (B, D); `.dim` is D, `.stride` = H0 / H ---------
+
+
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet without its classifier; the parameter names are torchvision's.
+
+    Images under 100 pixels get the small stem: a 3x3 convolution of stride 1 and no max-pool (stride 8, not 32).
+    """
+
+    def __init__(self, block, layers, size):
+        super().__init__(block, layers, zero_init_residual=True)
+        self.fc = nn.Identity()
+        self.dim, self.stride = 512 * block.expansion, 32
+        if size < 100:
+            self.conv1, self.maxpool, self.stride = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), 8
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.flatten(2).mT, x.mean((2, 3))  # (B, D, H, W) -> (B, N, D), (B, D)
+
+
+class ConvNeXt(torchvision.models.ConvNeXt):
+    """torchvision's ConvNeXt without its classifier; its last LayerNorm serves every location and the mean."""
+
+    def __init__(self, widths, depths, drop_path):
+        stages = [CNBlockConfig(*c) for c in zip(widths, (*widths[1:], None), depths)]
+        super().__init__(stages, stochastic_depth_prob=drop_path)
+        self.classifier[2] = nn.Identity()
+        self.dim, self.stride = widths[-1], 32
+
+    def forward(self, x):
+        x = self.features(x)  # (B, D, H, W)
+        maps, pooled = self.classifier[0](x), self.classifier[0](x.mean((2, 3), keepdim=True))
+        return maps.flatten(2).mT, pooled.flatten(1)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, drop_path):
+        super().__init__()
+        self.heads, self.drop_path = heads, StochasticDepth(drop_path, "row")
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x):  # (B, 1+N, D) -> the same
+        qkv = self.attn.qkv(self.norm1(x))
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        x = x + self.drop_path(self.attn.proj(mixed))
+        return x + self.drop_path(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+
+
+class ViT(nn.Module):
+    """Vision transformer with the parameter names of DINO and timm; `pooled` is the [CLS] token.
+
+    Position embeddings are made for `size` pixels and interpolated to the grid of any other input.
+    """
+
+    def __init__(self, dim, depth, heads, patch, size, drop_path):
+        super().__init__()
+        self.dim, self.stride = dim, patch
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, stride=patch)})
+        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (depth - 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                nn.init.trunc_normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def positions(self, height, width):
+        grid = math.isqrt(self.pos_embed.shape[1] - 1)
+        if (height, width) == (grid, grid):
+            return self.pos_embed
+        cls, pos = self.pos_embed[:, :1], rearrange(self.pos_embed[:, 1:], "1 (h w) d -> 1 d h w", h=grid)
+        pos = F.interpolate(pos, (height, width), mode="bicubic")
+        return torch.cat([cls, rearrange(pos, "1 d h w -> 1 (h w) d")], 1)  # (1, 1+N, D)
+
+    def forward(self, x):
+        x = self.patch_embed.proj(x)  # (B, D, H, W)
+        pos = self.positions(*x.shape[2:])
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1) + pos  # (B, 1+N, D)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x[:, 1:], x[:, 0]
+
+
+class TinyConvNet(nn.Sequential):
+    """Four convolutions, for demonstrations on a CPU: stride 8, 256 wide."""
+
+    def __init__(self):
+        layers = []
+        for i, o, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 1), (128, 256, 2)):
+            layers += [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        super().__init__(*layers)
+        self.dim, self.stride = 256, 8
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x.flatten(2).mT, x.mean((2, 3))  # (B, D, H, W) -> (B, N, D), (B, D)
+
+
+RESNETS = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet34": (BasicBlock, [3, 4, 6, 3]),
+           "resnet50": (Bottleneck, [3, 4, 6, 3])}
+CONVNEXTS = {"convnext_tiny": ((96, 192, 384, 768), (3, 3, 9, 3)), "convnext_small": ((96, 192, 384, 768), (3, 3, 27, 3)),
+             "convnext_base": ((128, 256, 512, 1024), (3, 3, 27, 3))}
+VITS = {f"vit_{name}_patch{patch}": (dim, 12, heads, patch) for patch in (16, 8)
+        for name, dim, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))}
+VITS["tiny_vit"] = 128, 4, 4, 8
+ARCHITECTURES = ["tiny_convnet", *RESNETS, *CONVNEXTS, *VITS]
+
+
+def build_backbone(arch, size=224, drop_path=0.0):
+    """A freshly initialised backbone for images of `size` pixels. Raises UserError on an unknown `arch`."""
+    if arch in RESNETS:
+        backbone = ResNet(*RESNETS[arch], size)
+    elif arch in CONVNEXTS:
+        backbone = ConvNeXt(*CONVNEXTS[arch], drop_path)
+    elif arch in VITS:
+        backbone = ViT(*VITS[arch], size, drop_path)
+    elif arch == "tiny_convnet":
+        backbone = TinyConvNet()
+    else:
+        raise UserError(f"no architecture '{arch}': choose one of {', '.join(ARCHITECTURES)}")
+    if size < backbone.stride:
+        raise UserError(f"{size} pixels are smaller than one stride of {arch}: --size {backbone.stride} at least")
+    return backbone
+
+
+def load_backbone(checkpoint, arch=None):
+    """A backbone with trained weights, in eval mode.
+
+    checkpoint: a run folder, its last.pt (both know their `arch`), backbone.pt, or a plain state dict.
+    Raises UserError, naming the keys, where the weights are of another architecture.
+    """
+    state = checkpoint
+    if not isinstance(checkpoint, dict):
+        path = Path(checkpoint)
+        path = path / "last.pt" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"no checkpoint at {path}: give a run folder, last.pt or backbone.pt")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if "args" in state:
+        arch = arch or state["args"]["arch"]
+        prefix = "backbone."
+        state = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+    if arch is None:
+        raise UserError("a plain state dict does not name its architecture: add --arch")
+    size = 224  # what the weights were made for: the small stem is 3 pixels wide, position embeddings count patches
+    if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3:
+        size = 32
+    if "pos_embed" in state:
+        size = math.isqrt(state["pos_embed"].shape[1] - 1) * state["patch_embed.proj.weight"].shape[-1]
+    backbone = build_backbone(arch, size)
+    own = {k: v.shape for k, v in backbone.state_dict().items()}
+    wrong = sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k] != state[k].shape)
+    if wrong:
+        raise UserError(f"the checkpoint is not a {arch}: {len(wrong)} of {len(own)} parameters are missing, "
+                        f"unexpected or of another shape ({', '.join(wrong[:4])}, ...); set --arch")
+    backbone.load_state_dict(state)
+    return backbone.eval()
+
+
+# --- 2. Data -------------------------------------------------------------------------------------------------------
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class Images:
+    """Images in files or in one uint8 array (n, H, W, 3), with or without labels."""
+
+    def __init__(self, items, labels=None, classes=()):
+        # Bytes in one array: forked workers share it, where a list of a million strings would be copied into each.
+        self.items = items if isinstance(items, np.ndarray) else np.array([os.fsencode(p) for p in items])
+        self.labels, self.classes = labels, classes
+
+    def __len__(self):
+        return len(self.items)
+
+    def label(self, index):
+        return -1 if self.labels is None else int(self.labels[index])
+
+    def name(self, index):
+        return os.fsdecode(self.items[index]) if self.items.dtype.kind == "S" else f"image {index}"
+
+    def load(self, index):
+        """The RGB image, upright; raises whatever a decoder raises on a broken file."""
+        if self.items.dtype.kind != "S":
+            return Image.fromarray(self.items[index])
+        with Image.open(os.fsdecode(self.items[index])) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip it at 255
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+
+
+class Shapes:
+    """Scenes made in memory: three to five textured objects on a grey textured ground; scene `index` is always the same.
+
+    An object's class is its outline (4) and its texture (3) together, whatever its colours, size and rotation. All
+    objects of a scene but one are of one class, which is the scene's label.
+    """
+
+    outlines, textures = ("triangle", "square", "star", "disc"), ("stripes", "checks", "rings")
+    classes = [f"{texture} {outline}" for outline, texture in itertools.product(outlines, textures)]
+
+    def __init__(self, split, size):
+        self.size, self.seed = size, {"train": 0, "val": 1}[split]
+        self.length = {"train": 10_000, "val": 2_000}[split]
+
+    def __len__(self):
+        return self.length
+
+    def name(self, index):
+        return f"shapes scene {index}"
+
+    def label(self, index):
+        return int(np.random.default_rng((self.seed, index)).integers(12))
+
+    def load(self, index):
+        return Image.fromarray(self.scene(index)[0])
+
+    def scene(self, index):
+        """Image (size, size, 3) and mask (size, size), uint8: 0 is the ground, 1 + class an object."""
+        rng = np.random.default_rng((self.seed, index))
+        label = rng.integers(12)  # first draw: see label()
+        y, x = np.mgrid[0:self.size, 0:self.size].astype(np.float32) / self.size
+        ground = Image.fromarray(rng.integers(50, 200, (12, 12), np.uint8)).resize((self.size, self.size), Image.BICUBIC)
+        image = np.asarray(ground)[..., None].repeat(3, 2)
+        mask = np.zeros((self.size, self.size), np.uint8)
+        for kind in [rng.integers(12)] + [label] * rng.integers(4, 7):
+            radius = rng.uniform(0.16, 0.26)
+            center, turn = rng.uniform(radius, 1 - radius, 2).tolist(), rng.uniform(0, 2 * math.pi)
+            window = tuple(slice(int((c - radius) * self.size), int((c + radius) * self.size) + 2) for c in center)
+            dy, dx = ((coordinate[window] - c) / radius for coordinate, c in zip((y, x), center))
+            u, v = math.cos(turn) * dx - math.sin(turn) * dy, math.sin(turn) * dx + math.cos(turn) * dy
+            r, angle = np.hypot(u, v), np.arctan2(v, u)
+            outline, texture = self.outlines[kind // 3], self.textures[kind % 3]
+            f, phase = rng.uniform((13, 0), (18, 2 * math.pi)).tolist()
+            if outline == "disc":  # all four outlines have the same area
+                edge = 0.64
+            elif outline == "star":
+                edge = 0.62 + 0.26 * np.cos(5 * angle)
+            else:  # a regular polygon in polar coordinates
+                corner, reach = {"triangle": (math.pi / 3, 1.0), "square": (math.pi / 4, 0.8)}[outline]
+                edge = reach * math.cos(corner) / np.cos(angle % (2 * corner) - corner)
+            wave = np.sin(f * (r if texture == "rings" else u) + phase)
+            wave = 2 * wave * np.sin(f * v) if texture == "checks" else wave
+            inside = r < edge
+            image[window][inside] = self.paint(wave, rng.uniform(0, 120, (1, 3)), rng.uniform(110, 255, (1, 3)))[inside]
+            mask[window][inside] = 1 + kind
+        return image, mask
+
+    @staticmethod
+    def paint(wave, dark, light):
+        """Two colours (1, c) mixed by a wave (h, w) in [-1, 1] -> (h, w, c) uint8."""
+        palette = (dark + (light - dark) * np.linspace(0, 1, 256)[:, None]).astype(np.uint8)  # (256, c)
+        return palette[(127 + 255 * wave).clip(0, 255).astype(np.uint8)]
+
+
+def find_images(root):
+    """Images anywhere below `root`, sorted; labelled if all of them lie in ROOT/CLASS/."""
+    paths, seen = [], set()
+    for folder, inner, files in os.walk(root, followlinks=True):
+        inner[:] = sorted(d for d in inner if (real := os.path.realpath(os.path.join(folder, d))) not in seen
+                          and not seen.add(real))  # a link back to a parent must not loop
+        paths += [os.path.join(folder, f) for f in sorted(files) if os.path.splitext(f)[1].lower() in SUFFIXES]
+    parents = [os.path.relpath(os.path.dirname(p), root) for p in paths]
+    classes = sorted(set(parents))
+    if len(classes) > 1 and not any(os.sep in c or c == "." for c in classes):
+        number = {c: i for i, c in enumerate(classes)}
+        return Images(paths, np.array([number[p] for p in parents]), classes)
+    return Images(paths)
+
+
+def open_data(name, split="train", size=64):
+    """The `split` ("train" or "val") of a data set: Images or Shapes, or None where a folder has no validation part.
+
+    name: "shapes" (scenes made for views of `size` pixels); cifar10, cifar100, stl10, voc (torchvision downloads them
+    to $DATA or ./data); else a folder, or one in $DATA: X/train and X/val (or X/test) if X has them, else X itself.
+    """
+    root = os.environ.get("DATA", "data")
+    if name == "shapes":
+        return Shapes(split, 3 * size // 2)
+    if name in ("cifar10", "cifar100"):
+        data = getattr(torchvision.datasets, name.upper())(root, train=split == "train", download=True)
+        return Images(data.data, np.array(data.targets), data.classes)
+    if name == "stl10":
+        data = torchvision.datasets.STL10(root, split="train+unlabeled" if split == "train" else "test", download=True)
+        return Images(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
+    if name == "voc":
+        data = torchvision.datasets.VOCSegmentation(root, image_set=split, download=True)
+        return Images(data.images)
+    places = [Path(name), Path(root) / name]
+    for place in places:
+        if place.is_dir():
+            parts = [place / p for p in (("train",) if split == "train" else ("val", "test"))]
+            if split == "train":
+                parts.append(place)
+            for part in parts:
+                if part.is_dir():
+                    images = find_images(part)
+                    if not len(images):
+                        raise UserError(f"no images in {part}: it needs files ending in {' '.join(sorted(SUFFIXES))}")
+                    return images
+            return None
+    raise UserError(f"no data set '{name}': looked for the folders {places[0].absolute()} and {places[1].absolute()}; "
+                    "set $DATA or give a folder, or try --data shapes, which needs none")
+
+
+class Batch(typing.NamedTuple):
+    views: list  # V tensors (B, 3, size, size), uint8
+    boxes: torch.Tensor  # (B, V, 4): top, left, height, width in pixels of the original image
+    flips: torch.Tensor  # (B, V): mirrored left to right
+    sizes: torch.Tensor  # (B, 2): height and width of the original image
+    labels: torch.Tensor  # (B,): -1 where there is none
+    broken: torch.Tensor  # (B,): the index of an image that could not be read, or -1
+
+
+def cut(image, box, flip, size):
+    """The view (3, size, size) of a PIL image in `box` (top, left, height, width), mirrored where `flip`."""
+    top, left, height, width = box
+    view = image.resize((size, size), Image.BICUBIC, box=(left, top, left + width, top + height))
+    view = view.transpose(Image.FLIP_LEFT_RIGHT) if flip else view
+    return torch.from_numpy(np.array(view)).permute(2, 0, 1)
+
+
+class Views(torch.utils.data.Dataset):
+    """Item (epoch, index) -> one sample of a Batch; what is random depends on (seed, epoch, index) alone.
+
+    sample(rng, height, width) -> a list of (box, flip, size), one a view.
+    """
+
+    def __init__(self, data, sample, seed):
+        self.data, self.sample, self.seed = data, sample, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        image, source = self.read(index)
+        views = self.sample(rng, image.height, image.width)
+        return Batch([cut(image, *view) for view in views], torch.tensor([box for box, _, _ in views], dtype=torch.float32),
+                     torch.tensor([flip for _, flip, _ in views]), torch.tensor([image.height, image.width]),
+                     self.data.label(source), -1 if source == index else index)
+
+    def read(self, index):
+        """The image and its index: the next readable one if it is broken itself (black if ten in a row are)."""
+        for source in range(index, index + 10):
+            with contextlib.suppress(Exception):  # a decoder may raise anything; the run counts and names the file
+                return self.data.load(source % len(self.data)), source % len(self.data)
+        return Image.new("RGB", (256, 256)), -1
+
+
+class Batches:
+    """This process's share of each global batch of steps start..stop, as lists of (epoch, index).
+
+    The order of an epoch is a function of (seed, epoch); the global batch is the same for any number of processes;
+    the last, incomplete batch of an epoch is dropped.
+    """
+
+    def __init__(self, length, batch_size, start, stop, seed, rank=0, world=1):
+        self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
+        self.seed, self.rank, self.world = seed, rank, world
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        order, order_epoch, per_epoch = None, None, self.length // self.batch_size
+        for step in range(self.start, self.stop):
+            epoch, batch = divmod(step, per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.length), epoch
+            local = order[batch * self.batch_size + self.rank:(batch + 1) * self.batch_size:self.world]
+            yield [(epoch, int(index)) for index in local]
+
+
+def adjust_brightness(x, factor):
+    return (factor * x).clamp(0, 1)
+
+
+def adjust_contrast(x, factor):
+    return (factor * x + (1 - factor) * gray(x).mean((2, 3), keepdim=True)).clamp(0, 1)
+
+
+def adjust_saturation(x, factor):
+    return (factor * x + (1 - factor) * gray(x)).clamp(0, 1)
+
+
+def adjust_hue(x, factor):
+    """Turns the hue by `factor` of a circle. With c the chroma and h in sixths, RGB = v - c clamp(min(k, 4 - k))."""
+    v, c = x.amax(1, True), x.amax(1, True) - x.amin(1, True)  # (B, 1, H, W)
+    r, g, b = x.split(1, 1)
+    h = torch.where(v == r, g - b, torch.where(v == g, 2 * c + b - r, 4 * c + r - g)) / c.clamp(min=1e-12)
+    k = (h + 6 * factor + x.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6  # (B, 3, H, W)
+    return v - c * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gray(x):
+    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def gaussian_blur(x, sigma, kernel=23):
+    """Blurs with reflected borders. sigma (B,) in pixels.
+
+    A separable blur is one product with a banded matrix a side, which is faster than B different convolutions.
+    """
+    def matrix(n):
+        reach = min(kernel // 2, n - 1)
+        offset = torch.arange(-reach, reach + 1, device=x.device)
+        weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)  # (B, kernel)
+        weight = weight / weight.sum(1, keepdim=True)
+        source = (torch.arange(n, device=x.device)[:, None] + offset).abs()
+        source = torch.where(source < n, source, 2 * (n - 1) - source)  # (n, kernel), reflected
+        return x.new_zeros(len(x), n, n).scatter_add_(2, source.expand(len(x), -1, -1), weight[:, None].expand(-1, n, -1))
+
+    rows, cols = matrix(x.shape[2]), matrix(x.shape[3])
+    return rows[:, None] @ x @ cols.mT[:, None]  # (B, 1, H, H) (B, 3, H, W) (B, 1, W, W)
+
+
+def solarize(x, threshold=0.5):
+    return torch.where(x >= threshold, 1 - x, x)
+
+
+class Photometric:
+    """Colour augmentation of a batch on its device, with one draw a sample: jitter (in random order), grayscale,
+    blur, solarize, normalise by ImageNet's mean and deviation. Each op equals torchvision's for the same factors.
+
+    jitter: the strengths of brightness, contrast, saturation and hue, as ColorJitter takes them; *_p: probabilities.
+    """
+
+    ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+    def __init__(self, jitter=(0, 0, 0, 0), jitter_p=0.8, gray_p=0.2, blur_p=0.0, solarize_p=0.0):
+        self.jitter, self.jitter_p, self.gray_p, self.blur_p, self.solarize_p = jitter, jitter_p, gray_p, blur_p, solarize_p
+
+    def __call__(self, x, generator):
+        """x (B, 3, H, W) uint8 -> float32, normalised. generator: on the CPU, so that no choice waits for the device."""
+        def uniform(*shape):
+            return torch.rand(*shape, generator=generator)
+
+        def apply(op, chosen, *factors):
+            i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
+            if len(i):
+                x[i] = op(x[i], *(f[chosen].to(x.device, non_blocking=True) for f in factors))
+
+        batch, x = len(x), x.float() / 255
+        jittered, order, draw = uniform(batch) < self.jitter_p, uniform(batch, 4).argsort(1), uniform(batch, 4, 1, 1, 1)
+        strength = torch.tensor(self.jitter).view(4, 1, 1, 1)
+        factors = torch.tensor([1.0, 1, 1, 0]).view(4, 1, 1, 1) + strength * (2 * draw - 1)  # (B, 4, 1, 1, 1)
+        for place in range(4):
+            for op in range(4):
+                if self.jitter[op]:
+                    apply(self.ops[op], jittered & (order[:, place] == op), factors[:, op])
+        apply(lambda x: gray(x).expand_as(x), uniform(batch) < self.gray_p)
+        apply(gaussian_blur, uniform(batch) < self.blur_p, 0.1 + 1.9 * uniform(batch))
+        apply(solarize, uniform(batch) < self.solarize_p)
+        return normalize(x)
+
+
+def normalize(x):
+    mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
+    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+# --- 3. Optimisation -----------------------------------------------------------------------------------------------
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD whose step on each weight matrix is scaled to eta times the matrix's norm (You et al., arXiv 1708.03888).
+
+    One-dimensional parameters (biases, normalisation) are neither decayed nor scaled.
+    """
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            live = [p for p in group["params"] if p.grad is not None]
+            for params in ([p for p in live if p.ndim > 1], [p for p in live if p.ndim == 1]):
+                if not params:
+                    continue
+                updates = [p.grad for p in params]
+                if params[0].ndim > 1:
+                    updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+                    w, u = (torch.stack(torch._foreach_norm(t)) for t in (params, updates))
+                    ratio = torch.where((w > 0) & (u > 0), group["eta"] * w / u, 1.0)
+                    torch._foreach_mul_(updates, ratio.unbind())
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum"] for p in params]
+                torch._foreach_mul_(momenta, group["momentum"])
+                torch._foreach_add_(momenta, updates)
+                torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+
+def cosine_schedule(step, total, warmup, peak, final):
+    """Linear from 0 to `peak` over the first `warmup` steps, then half a cosine to `final` at step `total`."""
+    if step < warmup:
+        return peak * step / warmup
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def probe(logits, labels):
+    """Loss and accuracy of the online linear classifier; labels (B,) are -1 where unknown, logits None without labels."""
+    if logits is None:
+        return 0.0, {}
+    known = (labels >= 0).sum().clamp(min=1)
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum") / known
+    return loss, {"accuracy": (logits.argmax(1) == labels).sum() / known}
+
+
+# --- 4. Run --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a main(): a UserError becomes one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse_args(parser, recipes):
+    """Adds the flags of every method; the recipe of --data gives the defaults, any flag overrides it."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    flag = parser.add_argument
+    flag("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, voc, or a folder of images (or one in $DATA)")
+    flag("--arch", help=", ".join(ARCHITECTURES))
+    flag("--size", type=int, help="pixels of a view")
+    flag("--epochs", type=int)
+    flag("--batch-size", type=int, help="over all processes")
+    flag("--base-lr", type=float, help="the peak is base-lr * batch-size / 256")
+    flag("--final-lr", type=float)
+    flag("--weight-decay", type=float)
+    flag("--warmup-epochs", type=int)
+    flag("--seed", type=int, default=0)
+    flag("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16(), help="autocast; default: where it is fast")
+    flag("--workers", type=int, default=min(12, cores), help="data loading processes of each training process")
+    flag("--out", default="runs", help="folder of all runs")
+    flag("--name", help="this run's folder in --out; by default METHOD-DATA")
+    flag("--save-minutes", type=float, default=10, help="time between checkpoints")
+    flag("--log-every", type=int, default=50, help="steps between log lines")
+    data = Path(parser.parse_known_args()[0].data).name
+    parser.set_defaults(**recipes.get(data, recipes["imagenet"]), name=f"{Path(sys.argv[0]).stem}-{data}")
+    return parser.parse_args()
+
+
+def has_bf16():
+    """Whether bfloat16 is fast here: on CUDA, and on CPUs with instructions for it."""
+    return torch.cuda.is_available() or bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+
+
+def set_up(seed):
+    """Joins torchrun's process group (NCCL or gloo; none without a launcher), seeds, -> the device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    return device
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def distribute(model, device):
+    """The model on its device, and the same ready for training: channels_last, SyncBatchNorm on CUDA, DDP."""
+    model = model.to(device, memory_format=torch.channels_last)
+    if not dist.is_initialized():
+        return model, model
+    if device.type == "cuda":  # on the CPU, BatchNorm's statistics stay those of each process
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ids = [device.index] if device.type == "cuda" else None
+    return model, nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def seed_step(seed, step):
+    """Makes all that is random on the device a function of (seed, step, rank); the generator for Photometric."""
+    rng = random.Random(f"{seed} {step} {rank_and_world()[0]}")
+    torch.manual_seed(rng.getrandbits(63))  # drop path and the like
+    return torch.Generator().manual_seed(rng.getrandbits(63))
+
+
+def write(path, save):
+    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens meanwhile."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns some failures to write into RuntimeError
+        part.unlink(missing_ok=True)
+        reason = error.__context__ or error
+        raise UserError(f"cannot write {path} ({reason}); what it held before is intact: free space, run again") from error
+
+
+def ignore_signals(_):
+    """In data loading workers: a signal to the whole process group is the main process's to answer."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Run:
+    """A training run in args.out/args.name: log.jsonl, last.pt, backbone.pt. Resumes from last.pt if there is one."""
+
+    FREE = {"out", "workers", "save_minutes", "log_every"}  # flags that may change when a run is resumed
+
+    def __init__(self, args, model, optimizer, data, device):
+        self.args, self.model, self.optimizer, self.data, self.device = args, model, optimizer, data, device
+        self.rank, self.world = rank_and_world()
+        self.folder, self.step, self.stop, self.broken = Path(args.out) / args.name, 0, 0, set()
+        if args.batch_size < 2 or args.batch_size % self.world:
+            raise UserError(f"--batch-size {args.batch_size} must be at least 2 and divisible by the {self.world} processes")
+        self.per_epoch = len(data) // args.batch_size
+        if not self.per_epoch:
+            raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images of {args.data}")
+        self.total, self.peak_lr = args.epochs * self.per_epoch, args.base_lr * args.batch_size / 256
+        self.control = dist.new_group(backend="gloo") if self.world > 1 else None  # for votes that no GPU waits for
+        if (self.folder / "last.pt").exists():
+            self.resume(torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True))
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: setattr(self, "stop", number))
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            log = self.folder / "log.jsonl"
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            write(log, lambda file: file.write("".join(kept).encode()))
+            self.log_file = open(log, "a")
+            self.describe()
+
+    def resume(self, state):
+        now, then = vars(self.args), state["args"]
+        changed = [f"--{key.replace('_', '-')} {then.get(key)} (now {value})" for key, value in now.items()
+                   if key not in self.FREE and value != then.get(key)]
+        if changed:
+            raise UserError(f"{self.folder} was started with {', '.join(changed)}: give the same, or another --name")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def describe(self):
+        def millions(module):
+            return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M"
+        rows = {**dict(sorted(vars(self.args).items())), "peak lr": f"{self.peak_lr:g}",
+                "images": f"{len(self.data)}, {self.per_epoch} steps an epoch, {self.total} in all",
+                "processes": f"{self.world} on {self.device.type}, {self.args.batch_size // self.world} images each",
+                "parameters": f"{millions(self.model.backbone)} backbone, {millions(self.model)} in all"}
+        for key, value in rows.items():
+            print(f"  {key.replace('_', '-'):16} {value}")
+        print(f"{self.folder}:", f"resumed at step {self.step}" if self.step else "a new run", flush=True)
+
+    def set_lr(self):
+        warmup = self.args.warmup_epochs * self.per_epoch
+        lr = cosine_schedule(self.step, self.total, warmup, self.peak_lr, self.args.final_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def batches(self, sample):
+        """Yields a Batch on the device for each step left; saves as time goes by, on a signal and at the end."""
+        args, cuda = self.args, self.device.type == "cuda"
+        order = Batches(len(self.data), args.batch_size, self.step, self.total, args.seed, self.rank, self.world)
+        loader = torch.utils.data.DataLoader(Views(self.data, sample, args.seed), batch_sampler=order, pin_memory=cuda,
+                                             num_workers=args.workers, worker_init_fn=ignore_signals)
+        self.reset_clock()
+        saved, vote = time.monotonic(), None
+        asked = saved
+        for batch in loader:
+            self.waited += time.monotonic() - asked
+            self.note_broken(batch.broken)
+            views, *rest = batch
+            yield Batch([v.to(self.device, non_blocking=True) for v in views],
+                        *(t.to(self.device, non_blocking=True) for t in rest))
+            self.step += 1
+            stop = self.stop
+            if self.world > 1:
+                # All must stop at one step, though signals reach them at different ones: a vote that is called at
+                # each step and read at the next, so that nobody waits.
+                if vote:
+                    vote[1].wait()
+                ballot, stop = torch.tensor(self.stop), int(vote[0]) if vote else 0
+                vote = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.control, async_op=True)
+            last = stop or self.step == self.total
+            if self.rank == 0 and (last or time.monotonic() - saved >= 60 * args.save_minutes):
+                self.save(last)
+                saved = time.monotonic()
+            if stop:
+                if self.rank == 0:
+                    print(f"{signal.Signals(stop).name}: saved at step {self.step}; the same command resumes", flush=True)
+                sys.exit(0)
+            asked = time.monotonic()
+
+    def note_broken(self, indices):
+        for index in set(indices[indices >= 0].tolist()) - self.broken:
+            self.broken.add(index)
+            print(f"warning: cannot read {self.data.name(index)}; another takes its place", file=sys.stderr, flush=True)
+        if len(self.broken) > 0.01 * len(self.data):
+            names = ", ".join(self.data.name(i) for i in sorted(self.broken))
+            raise UserError(f"{len(self.broken)} of {len(self.data)} images, more than 1%, cannot be read: mend or remove {names}")
+
+    def reset_clock(self):
+        self.waited, self.clock, self.clock_step = 0.0, time.monotonic(), self.step
+
+    def log(self, **metrics):
+        """Every --log-every steps and at the last: a line in log.jsonl and one for the eye. Numbers or 0-d tensors.
+
+        They are averaged over processes. Raises UserError, with every term, where the loss is not finite.
+        """
+        self.metrics, step = metrics, self.step + 1
+        if step % self.args.log_every and step != self.total:
+            return
+        values = [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in metrics.values()]
+        values = torch.stack(values)
+        if self.world > 1:
+            dist.all_reduce(values)
+        line = dict(zip(metrics, (values / self.world).tolist()))
+        if not math.isfinite(line["loss"]):
+            self.fail(line)
+        if self.rank == 0:
+            seconds = time.monotonic() - self.clock
+            rate = (step - self.clock_step) / seconds
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes
+            memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else memory
+            eta = (self.total - step) / rate
+            line = dict(step=step, epoch=step / self.per_epoch, **line, broken=len(self.broken), eta_s=eta,
+                        images_per_s=rate * self.args.batch_size, data_wait=self.waited / seconds, memory_gb=memory / 1e9)
+            self.log_file.write(json.dumps(line) + "\n")
+            self.log_file.flush()
+            print(f"epoch {line['epoch']:.2f}/{self.args.epochs}", *(f"{k} {line[k]:.4g}" for k in metrics),
+                  f"{line['images_per_s']:.0f} img/s", f"wait {line['data_wait']:.0%}", f"{line['memory_gb']:.1f} GB",
+                  f"eta {eta // 3600:.0f}:{eta % 3600 / 60:02.0f} h", *[f"broken {len(self.broken)}"] * bool(self.broken),
+                  sep="  ", flush=True)
+        self.reset_clock()
+
+    def fail(self, line):
+        terms = ", ".join(f"{key} {float(value):g}" for key, value in line.items())
+        raise UserError(f"NaN or infinity at step {self.step + 1} ({terms}); {self.folder}/last.pt is of an earlier, good "
+                        "step: try a lower --base-lr or --no-bf16 under another --name")
+
+    def save(self, must):
+        """last.pt and backbone.pt, if all weights are finite. A failure to write is fatal only if it `must` succeed."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            self.fail(self.metrics)
+        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
+                     args=vars(self.args))
+        try:
+            write(self.folder / "last.pt", lambda file: torch.save(state, file))
+            write(self.folder / "backbone.pt", lambda file: torch.save(self.model.backbone.state_dict(), file))
+        except UserError as error:
+            if must:
+                raise
+            print(f"warning: {error}", file=sys.stderr, flush=True)  # the next checkpoint may find room

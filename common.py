@@ -161,7 +161,7 @@ def build_backbone(arch, size=224, drop_path=0.0):
     elif arch == "tiny_convnet":
         backbone = TinyConvNet()
     else:
-        raise UserError(f"no architecture '{arch}': choose one of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"no architecture '{arch}': --arch is one of {', '.join(ARCHITECTURES)}")
     if size < backbone.stride:
         raise UserError(f"{size} pixels are smaller than one stride of {arch}: --size {backbone.stride} at least")
     return backbone
@@ -751,7 +751,7 @@ class Run:
             print(f"warning: cannot read {self.data.name(index)}; another takes its place", file=sys.stderr, flush=True)
         if len(self.broken) > 0.01 * len(self.data):
             names = ", ".join(self.data.name(i) for i in sorted(self.broken))
-            raise UserError(f"{len(self.broken)} of {len(self.data)} images, more than 1%, cannot be read: mend or remove {names}")
+            raise UserError(f"{len(self.broken)} of {len(self.data)} images (over 1%) are unreadable: mend or remove {names}")
 
     def reset_clock(self):
         self.waited, self.clock, self.clock_step = 0.0, time.monotonic(), self.step

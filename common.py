@@ -751,7 +751,7 @@ class Run:
             print(f"warning: cannot read {self.data.name(index)}; another takes its place", file=sys.stderr, flush=True)
         if len(self.broken) > 0.01 * len(self.data):
             names = ", ".join(self.data.name(i) for i in sorted(self.broken))
-            raise UserError(f"{len(self.broken)} of {len(self.data)} images (over 1%) are unreadable: mend or remove {names}")
+            raise UserError(f"over 1% of the images are unreadable ({len(self.broken)}): mend or remove {names}")
 
     def reset_clock(self):
         self.waited, self.clock, self.clock_step = 0.0, time.monotonic(), self.step

@@ -1,5 +1,7 @@
 """What several test files need: process groups on one machine, image folders, and the command line in-process."""
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,21 @@ def start(*args, torchrun=0):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([*launcher, *map(str, args)], cwd=ROOT, env=env, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_tree(pid):
+    """SIGKILL to a process and all below it: torchrun starts its workers in sessions of their own."""
+    children = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may have ended meanwhile
+            fields = entry.read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+    family = [pid]
+    for parent in family:
+        family += children.get(parent, [])
+    for member in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
 
 
 def user_error(main, monkeypatch, capsys, *args):

@@ -33,7 +33,6 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 
@@ -70,14 +69,31 @@ def sample_views(rng, height, width, area, size):
 # --- 2. Loss -------------------------------------------------------------------------------------------------------
 
 
+class AllSum(torch.autograd.Function):
+    """The sum over processes; its gradient is the sum of theirs (a plain dist.all_reduce would give 1/G of it)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllSum.forward(ctx, grad)
+
+
 def all_sum(x):
-    """Sum over processes, through which gradients flow (a plain dist.all_reduce would lose 1 - 1/G of them)."""
-    return dist_nn.all_reduce(x) if dist.is_initialized() else x
+    return AllSum.apply(x) if dist.is_initialized() else x
 
 
 def all_rows(z):
-    """(n/G, D) of each process -> (n, D) of all of them, through which gradients flow."""
-    return torch.cat(dist_nn.all_gather(z)) if dist.is_initialized() else z
+    """The rows (n/G, D) of each process -> (n, D), those of all; without gradient."""
+    if not dist.is_initialized():
+        return z.detach()
+    rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, z.detach().contiguous())
+    return torch.cat(rows)
 
 
 def center(z):
@@ -111,7 +127,8 @@ def covariance(z):
     var = all_sum(z.square().sum(0)) / (n - 1)  # (D,), the diagonal of C
     if n < d:
         s = z @ all_rows(z).T / (n - 1)  # (n/G, D) (D, n) -> (n/G, n): this process's rows of S
-        total = all_sum(s.square().sum())
+        mine = s.square().sum()
+        total = all_sum(2 * mine - mine.detach())  # S is symmetric: through its rows flows half of the gradient
     else:
         total = (all_sum(z.T @ z) / (n - 1)).square().sum()  # (D, n) (n, D) -> (D, D)  Eq. (3)
     return (total - var.square().sum()) / d  # Eq. (4)

@@ -101,35 +101,39 @@ def test_large_embeddings_stay_finite_under_autocast(dtype):
     torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
 
 
-def _ddp(rank, world, d, rows):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, d)).double()
-    x_a, x_b = torch.randn(2, sum(rows), 5, dtype=torch.float64)
-    begin = sum(rows[:rank])
-    mine = slice(begin, begin + rows[rank])
-    net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    try:
-        loss, parts = vicreg_loss(net(x_a[mine]), net(x_b[mine]))
-    except RuntimeError as error:
-        return str(error)
-    loss.backward()
-    return loss.item(), {k: v.item() for k, v in parts.items()}, [p.grad for p in model.parameters()]
+def _ddp(rank, world, widths, rows):
+    """Loss, terms and parameter gradients for each embedding width, of this process's share of the rows."""
+    results = []
+    for d in widths:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, d)).double()
+        x_a, x_b = torch.randn(2, sum(rows), 5, dtype=torch.float64)
+        mine = slice(sum(rows[:rank]), sum(rows[:rank + 1]))
+        net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        try:
+            loss, parts = vicreg_loss(net(x_a[mine]), net(x_b[mine]))
+        except RuntimeError as error:
+            return str(error)
+        loss.backward()
+        results.append((loss.item(), {k: v.item() for k, v in parts.items()}, [p.grad for p in model.parameters()]))
+    return results
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("d", [4, 40])
-def test_processes_equal_one(tmp_path, world, d):
-    loss, parts, grads = _ddp(0, 1, d, [12])
-    shares = on_processes(world, tmp_path, _ddp, d, [12 // world] * world)
-    assert abs(sum(s[0] for s in shares) / world - loss) < 1e-6
-    for _, theirs, their_grads in shares:
-        assert abs(theirs["var"] - parts["var"]) < 1e-9 and abs(theirs["cov"] - parts["cov"]) < 1e-9
-        for a, b in zip(grads, their_grads):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+def test_processes_equal_one(tmp_path, world):
+    widths = [4, 40]  # fewer and more than the 12 rows
+    alone = _ddp(0, 1, widths, [12])
+    shares = on_processes(world, tmp_path, _ddp, widths, [12 // world] * world)
+    for i, (loss, parts, grads) in enumerate(alone):
+        assert abs(sum(s[i][0] for s in shares) / world - loss) < 1e-6
+        for _, theirs, their_grads in (s[i] for s in shares):
+            assert abs(theirs["var"] - parts["var"]) < 1e-9 and abs(theirs["cov"] - parts["cov"]) < 1e-9
+            for a, b in zip(grads, their_grads):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
 def test_unequal_batches_are_refused(tmp_path):
-    for said in on_processes(2, tmp_path, _ddp, 40, [5, 7]):
+    for said in on_processes(2, tmp_path, _ddp, [40], [5, 7]):
         assert "batches of unequal size" in said
 
 

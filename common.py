@@ -583,7 +583,10 @@ def one_line_errors():
 
 
 def parse_args(parser, recipes):
-    """Adds the flags of every method; the recipe of --data gives the defaults, any flag overrides it."""
+    """Adds the flags of every method; a recipe gives the defaults, any flag overrides it.
+
+    recipes: by the family of --arch (resnet, convnext, vit) if it has one, else by --data, else imagenet's.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     flag = parser.add_argument
@@ -603,8 +606,10 @@ def parse_args(parser, recipes):
     flag("--name", help="this run's folder in --out; by default METHOD-DATA")
     flag("--save-minutes", type=float, default=10, help="time between checkpoints")
     flag("--log-every", type=int, default=50, help="steps between log lines")
-    data = Path(parser.parse_known_args()[0].data).name
-    parser.set_defaults(**recipes.get(data, recipes["imagenet"]), name=f"{Path(sys.argv[0]).stem}-{data}")
+    known = parser.parse_known_args()[0]
+    data, family = Path(known.data).name, (known.arch or "").split("_")[0]
+    recipe = recipes.get(family, recipes.get(data, recipes["imagenet"]))
+    parser.set_defaults(**recipe, name=f"{Path(sys.argv[0]).stem}-{data}")
     return parser.parse_args()
 
 
@@ -733,7 +738,7 @@ class Run:
         warmup = self.args.warmup_epochs * self.per_epoch
         lr = cosine_schedule(self.step, self.total, warmup, self.peak_lr, self.args.final_lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1)
         return lr
 
     def batches(self, sample):

@@ -43,7 +43,6 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 
@@ -98,14 +97,31 @@ def map_positions(boxes, flips, maps):
 # --- 2. Loss -------------------------------------------------------------------------------------------------------
 
 
+class AllSum(torch.autograd.Function):
+    """The sum over processes; its gradient is the sum of theirs (a plain dist.all_reduce would give 1/G of it)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllSum.forward(ctx, grad)
+
+
 def all_sum(x):
-    """Sum over processes, through which gradients flow (a plain dist.all_reduce would lose 1 - 1/G of them)."""
-    return dist_nn.all_reduce(x) if dist.is_initialized() else x
+    return AllSum.apply(x) if dist.is_initialized() else x
 
 
 def all_rows(z):
-    """(n/G, D) of each process -> (n, D) of all of them, through which gradients flow."""
-    return torch.cat(dist_nn.all_gather(z)) if dist.is_initialized() else z
+    """The rows (n/G, D) of each process -> (n, D), those of all; without gradient."""
+    if not dist.is_initialized():
+        return z.detach()
+    rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, z.detach().contiguous())
+    return torch.cat(rows)
 
 
 def center(z):
@@ -144,7 +160,8 @@ def covariance(z):
     rows = z.transpose(0, -2)  # (B, D) as it is, or (B, n, D) -> (n, B, D)
     if n < d:
         s = rows @ all_rows(z).transpose(0, -2).mT / (n - 1)  # (n, B/G, D) (n, D, B) -> (n, B/G, B): this process's rows
-        total = all_sum(s.square().sum((-2, -1)))
+        mine = s.square().sum((-2, -1))  # () or (n,)
+        total = all_sum(2 * mine - mine.detach())  # S is symmetric: through its rows flows half of the gradient
     else:
         total = (all_sum(rows.mT @ rows) / (n - 1)).square().sum((-2, -1))  # (n, D, B) (n, B, D) -> (n, D, D)
     return ((total - var.square().sum(-1)) / d).mean()
@@ -306,7 +323,7 @@ RECIPES = {  # chosen by --arch (any ConvNeXt) or else by --data; any other data
     "cifar10": dict(arch="resnet34", size=32, projector="4096-128", local_projector="512-512-128", epochs=600,
                     batch_size=1024, base_lr=0.3, final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, num_matches=[7],
                     num_feature_matches=[7]),
-    "shapes": dict(arch="tiny_convnet", size=64, projector="1024-1024-1024", local_projector="256-256", epochs=7,
+    "shapes": dict(arch="tiny_convnet", size=64, projector="1024-1024-1024", local_projector="128-128", epochs=7,
                    batch_size=128, base_lr=8.0, final_lr=0.0, weight_decay=1e-6, warmup_epochs=1),
 }
 

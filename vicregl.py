@@ -19,8 +19,10 @@ criterion, one batch for each of them; `alpha` weighs the global against the loc
     Algorithm 1, filter_best      closest, match
 
 Differences
- 1. As in vicreg.py: the terms of Algorithm 1 are means over dimensions, where the released code also halves variance and
-    covariance: `--var-coeff 12.5 --cov-coeff 0.5`. The covariance comes from the cheaper side of the duality, in float32.
+ 1. The released code halves variance and covariance: `--var-coeff 12.5 --cov-coeff 0.5` gives its loss. As in vicreg.py,
+    the off-diagonal sum comes from the smaller of covariance and Gram matrix, in float32; statistics are over the batch of
+    all processes; no bias in a projector's last layer; each residual branch starts at zero; LARS neither decays nor scales
+    biases and normalisation.
  2. Unsaid in the paper, from the released code: variance and covariance of local features are taken over the batch at
     each index of the matches, in the queries' spatial order, then averaged; the local criterion is the mean of its two
     directions; with more than two views the pairs are (i, j), i one of the two large views.
@@ -252,25 +254,20 @@ def vicregl_loss(embeddings, maps, pos, alpha=0.75, num_matches=(20,), num_featu
     num_matches, num_feature_matches: from a large view and, if there is a second number, from a small one.
     Raises as vicreg_loss does.
     """
-    coeffs = {"inv": inv_coeff, "var": var_coeff, "cov": cov_coeff}
-    parts = {key: 0.0 for key in ("inv", "var", "cov", "local_inv", "local_var", "local_cov")}
+    count, parts = len(embeddings), {}
+    kept = [(num_matches[k], num_feature_matches[k]) for k in [0, 0] + [-1] * (count - 2)]  # from each view
     with torch.autocast(embeddings[0].device.type, enabled=False):
         embeddings = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in embeddings]
+        maps = [m.to(torch.promote_types(m.dtype, torch.float32)) for m in maps]
         var, cov = [variance(z) for z in embeddings], [covariance(z) for z in embeddings]
-        for i, j in itertools.product((0, 1), range(1, len(embeddings))):
-            if i == j:
-                continue
-            share = (2 if j == 1 else 1) / (2 * len(embeddings) - 2)  # no term changes with the order: (0, 1) is (1, 0)
-            terms = {"inv": invariance(embeddings[i], embeddings[j]), "var": var[i] + var[j], "cov": cov[i] + cov[j]}
-            for a, b in ((i, j), (j, i)):
-                kept = (numbers[0 if a < 2 else -1] for numbers in (num_matches, num_feature_matches))
-                local = local_criterion(maps[a], maps[b], pos[a], pos[b], *kept, *coeffs.values())[1]
-                for key in coeffs:
-                    parts["local_" + key] += share / 2 * local[key]
-            for key in coeffs:
-                parts[key] += share * terms[key]
-        loss = sum(c * (alpha * parts[key] + (1 - alpha) * parts["local_" + key]) for key, c in coeffs.items())
-    return loss, parts
+        for i, j in [(0, 1), *itertools.product((0, 1), range(2, count))]:
+            share = (2 if j == 1 else 1) / (2 * count - 2)  # no term changes with the order: (0, 1) is also (1, 0)
+            there, back = (local_criterion(maps[a], maps[b], pos[a], pos[b], *kept[a])[1] for a, b in ((i, j), (j, i)))
+            terms = {"inv": invariance(embeddings[i], embeddings[j]), "var": var[i] + var[j], "cov": cov[i] + cov[j],
+                     **{f"local_{key}": (there[key] + back[key]) / 2 for key in there}}
+            parts = {key: parts.get(key, 0.0) + share * term for key, term in terms.items()}
+        inv, var, cov = (alpha * parts[key] + (1 - alpha) * parts[f"local_{key}"] for key in ("inv", "var", "cov"))
+        return inv_coeff * inv + var_coeff * var + cov_coeff * cov, parts
 
 
 # --- 3. Model ------------------------------------------------------------------------------------------------------

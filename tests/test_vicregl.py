@@ -398,12 +398,13 @@ def test_killed_and_resumed_is_bit_identical(images, tmp_path):
 
 def test_torchrun_multicrop(images, tmp_path):
     done = script("vicregl.py", "--data", images, *SMALL, "--views", "multicrop", "--num-matches", 8, 2, "--workers", 0,
-                  "--epochs", 1, "--out", tmp_path, "--name", "two", torchrun=2)
+                  "--batch-size", 20, "--epochs", 1, "--out", tmp_path, "--name", "two", torchrun=2)
     assert done.returncode == 0, done.stderr
-    assert "2 on cpu, 4 images each" in done.stdout and "20-NN" in done.stdout and done.stdout.count("location matches") == 1
+    assert "2 on cpu, 10 images each" in done.stdout and "20-NN" in done.stdout
+    assert done.stdout.count("of the feature matches are location matches too") == 1
     assert "--num-matches is" not in done.stdout and done.stdout.count("--num-feature-matches is 4 for them, not 20") == 1
     last = json.loads(open(tmp_path / "two" / "log.jsonl").readlines()[-1])
-    assert last["step"] == 5 and all(np.isfinite(last[f"local_{k}"]) for k in ("inv", "var", "cov"))
+    assert last["step"] == 2 and all(np.isfinite(last[f"local_{k}"]) for k in ("inv", "var", "cov"))
 
 
 def test_convnext_recipe(monkeypatch, tmp_path):
@@ -444,7 +445,7 @@ def test_convnext_optimizer():
 def test_convnext_trains(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(common.CONVNEXTS, "convnext_tiny", ((8, 16, 16, 24), (1, 1, 1, 1)))
     args = ("--data", images, "--arch", "convnext_tiny", "--size", 80, "--projector", "16-16", "--local-projector", "16-16",
-            "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--out", tmp_path)
+            "--batch-size", 20, "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--out", tmp_path)
     run_here(monkeypatch, *args, "--name", "whole")
     assert "views of 34 pixels have 1 locations, so --num-matches is 1 for them, not 20" in capsys.readouterr().out
     state = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["optimizer"]

@@ -40,6 +40,7 @@ Differences
  9. A linear classifier on detached representations reports accuracy while training; nothing else sees the labels.
 """
 import argparse
+import functools
 import itertools
 import math
 
@@ -362,8 +363,6 @@ def make_optimizer(args, model):
 @torch.no_grad()
 def match_report(args, model, device):
     """Prints which share of the feature matches are location matches too, over two views of validation images."""
-    import functools
-
     import common
 
     val = common.open_data(args.data, "val", args.size)
@@ -383,8 +382,6 @@ def match_report(args, model, device):
 
 
 def train(args):
-    import functools
-
     import common
     from evaluate import knn_report
 

@@ -129,7 +129,9 @@ def all_rows(z):
 
 def center(z):
     """z (B/G, ...) minus the mean over all processes, and B. Raises where processes hold unequal numbers of rows."""
-    n = len(z) * (dist.get_world_size() if dist.is_initialized() else 1)
+    if not dist.is_initialized():
+        return z - z.mean(0), len(z)
+    n = len(z) * dist.get_world_size()
     total = all_sum(torch.cat([z.sum(0).flatten(), z.new_full((1,), len(z))]))  # (D + 1,) or (n D + 1,)
     torch._assert_async(total[-1] == n, "the processes hold batches of unequal size")  # the GPU is not waited for
     return z - total[:-1].view_as(z[0]) / n, n
@@ -143,7 +145,7 @@ def invariance(z_a, z_b):
 def variance(z, gamma=1.0, eps=1e-4):
     """Hinge on each dimension's standard deviation over the global batch. Algorithm 1, lines 47-49.
 
-    z (B, D), or local features (B, n, D): statistics over B at each n, then the mean -> scalar.
+    z (B/G, D), or local features (B/G, n, D): statistics over B at each n, then the mean -> scalar.
     """
     z, n = center(z)
     var = all_sum(z.square().sum(0)) / (n - 1)  # (D,) or (n, D)
@@ -153,9 +155,9 @@ def variance(z, gamma=1.0, eps=1e-4):
 def covariance(z):
     """Sum of squared off-diagonal covariances over the global batch, / D. Algorithm 1, lines 52-57.
 
-    z (B, D), or local features (B, n, D): statistics over B at each n, then the mean -> scalar.
+    z (B/G, D), or local features (B/G, n, D): statistics over B at each n, then the mean -> scalar.
     With C = z^T z / (B - 1) and S = z z^T / (B - 1), ||C||_F = ||S||_F, so the sum is ||C||^2 or ||S||^2, whichever
-    matrix is smaller, minus the squared variances.
+    matrix is smaller, minus the squared variances. Differentiable once.
     """
     z, n = center(z)
     d = z.shape[-1]
@@ -171,10 +173,11 @@ def covariance(z):
 
 
 def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
-    """Algorithm 1, vicreg. z_a, z_b (B, D) or (B, n, D) -> the loss, and its three unweighted terms.
+    """Algorithm 1, vicreg, lambda, mu and nu being the coefficients of inv, var and cov.
 
-    On G processes, each with its own B/G rows, var and cov are those of all rows, and the gradient that DDP averages
-    equals that of one process. Raises RuntimeError if the processes hold unequal numbers of rows.
+    z_a, z_b (B/G, D) or (B/G, n, D), B > 1 -> the loss, and its three unweighted terms. On G processes, which must all
+    call it, var and cov are those of all B rows, and the gradient that DDP averages equals that of one process. Raises
+    RuntimeError if the processes hold unequal numbers of rows.
     """
     with torch.autocast(z_a.device.type, enabled=False):
         z_a, z_b = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_a, z_b))
@@ -409,7 +412,7 @@ def train(args):
         optimizer.zero_grad()
         (loss + probe_loss).backward()
         optimizer.step()
-        run.log(loss=loss, **parts, std=embeddings[0].std(0).mean(), **accuracy, lr=lr)
+        run.log(loss=loss, **parts, std=embeddings[0].detach().float().std(0).mean(), **accuracy, lr=lr)
 
     knn_report(args, model.backbone, run.folder / "knn.json", device)
     match_report(args, model, device)

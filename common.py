@@ -380,7 +380,8 @@ def open_data(name, split="train", size=64):
     """The `split` ("train" or "val") of a data set: Images or Shapes, or None where a folder has no validation part.
 
     name: "shapes" (scenes made for views of `size` pixels); cifar10, cifar100, stl10, voc (torchvision downloads them
-    to $DATA or ./data); else a folder, or one in $DATA: X/train and X/val (or X/test) if X has them, else X itself.
+    to $DATA or ./data); else a folder, or one in $DATA: X/train and X/val (or X/test) if X has them, else X itself; the
+    images/ of a part that has masks/.
     """
     root = os.environ.get("DATA", "data")
     if name == "shapes":
@@ -402,7 +403,7 @@ def open_data(name, split="train", size=64):
                 parts.append(place)
             for part in parts:
                 if part.is_dir():
-                    images = find_images(part)
+                    images = find_images(part / "images" if (part / "masks").is_dir() else part)
                     if not len(images):
                         raise UserError(f"no images in {part}: it needs files ending in {' '.join(sorted(SUFFIXES))}")
                     return images

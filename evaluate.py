@@ -352,12 +352,12 @@ class Masked:
     """
 
     def __init__(self, images, masks, num_classes=None, shift=0):
-        self.images, self.masks, self.shift = images, np.array([os.fsencode(m) for m in masks]), shift
+        self.images, self.masks, self.shift = images, common.Images(masks), shift
         with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             largest = list(pool.map(self.check, range(len(self))))
         self.num_classes = num_classes or max(largest) + 1
         if max(largest) >= self.num_classes:
-            worst = os.fsdecode(self.masks[np.argmax(largest)])
+            worst = self.masks.name(np.argmax(largest))
             raise common.UserError(f"{worst} holds the class id {max(largest)}, but there are {self.num_classes} classes")
 
     def __len__(self):
@@ -365,7 +365,7 @@ class Masked:
 
     def check(self, index):
         """The largest id of a mask but void."""
-        name, mask = self.images.name(index), os.fsdecode(self.masks[index])
+        name, mask = self.images.name(index), self.masks.name(index)
         if not os.path.isfile(mask):
             raise common.UserError(f"{name} has no mask: looked for {mask}")
         try:
@@ -383,24 +383,26 @@ class Masked:
         return int(ids.max(initial=0, where=ids != 255))
 
     def pair(self, index):
-        with Image.open(os.fsdecode(self.masks[index])) as mask:
+        with Image.open(self.masks.name(index)) as mask:
             return self.images.load(index), Image.fromarray(np.array(mask) - np.uint8(self.shift))
 
 
 def open_masks(name, size):
     """The training and validation parts of a data set with masks (see this file's header). Raises as Masked does."""
-    data = Path(os.environ.get("DATA", "data"))
     if name == "shapes":
         return [MaskedShapes(split, 3 * size // 2) for split in ("train", "val")]
+    data = Path(os.environ.get("DATA", "data"))
     if name == "voc":
         parts = [torchvision.datasets.VOCSegmentation(data, image_set=split, download=True) for split in ("train", "val")]
         return [Masked(common.Images(part.images), part.masks, 21) for part in parts]
     root = Path(name) if Path(name).is_dir() else data / name
     ade = (root / "annotations").is_dir()
+    if ade:  # its own layout
+        folders = [[root / kind / split for kind in ("images", "annotations")] for split in ("training", "validation")]
+    else:
+        folders = [[root / split / kind for kind in ("images", "masks")] for split in ("train", "val")]
     parts, num_classes = [], 150 if ade else None
-    for split in ("training", "validation") if ade else ("train", "val"):
-        folder, masks = ((root / kind / split) for kind in ("images", "annotations")) if ade else (
-            (root / split / kind) for kind in ("images", "masks"))
+    for folder, masks in folders:
         images = common.find_images(folder)
         if not len(images):
             raise common.UserError(f"no images in {folder}: give shapes, voc, ADE20K's folder, or one with train/images, "
@@ -412,7 +414,9 @@ def open_masks(name, size):
 
 
 def targets(mask):
-    return torch.from_numpy(np.array(mask)).long().where(torch.from_numpy(np.array(mask)) != 255, -1)  # void is -1
+    """A mask as int64, where void is -1."""
+    mask = torch.from_numpy(np.array(mask)).long()
+    return mask.masked_fill(mask == 255, -1)
 
 
 class Crops(torch.utils.data.Dataset):
@@ -455,8 +459,7 @@ def whole_images(data, indices, size, stride, args, device):
 
 def confusion(predicted, mask, num_classes):
     """Counts of pixels (true class, predicted class), void (-1) left out."""
-    known = mask >= 0
-    pairs = mask[known] * num_classes + predicted[known]
+    pairs = (mask * num_classes + predicted)[mask >= 0]
     return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
@@ -543,8 +546,7 @@ def cells(mask, h, w):
 
 def majority(mask, h, w, num_classes):
     """The most frequent class in each cell of a mask, void aside, or -1 where there is nothing else: (h * w,)."""
-    known = mask >= 0
-    pairs = cells(mask, h, w)[known] * num_classes + mask[known]
+    pairs = (cells(mask, h, w) * num_classes + mask)[mask >= 0]
     votes = torch.bincount(pairs, minlength=h * w * num_classes).view(h * w, num_classes)
     return votes.argmax(1).where(votes.sum(1) > 0, -1)
 
@@ -666,16 +668,15 @@ def report(title, rows, path):
 
 
 def load(args):
-    """The checkpoint's backbone; --data, --size, --bf16 and --workers come from its run where not given."""
-    known, path = {}, Path(args.checkpoint)
+    """The checkpoint's backbone, and where its results go; what is not given of --data, --size, --bf16 is as in its run."""
+    path, run = Path(args.checkpoint), {}
     if args.checkpoint != "random":
         flags = common.read_checkpoint(path).get("args")
-        known = flags if isinstance(flags, dict) else {}
-    for key, value in {"data": "shapes", "size": 224, "bf16": common.has_bf16(), **known}.items():
-        if key == "size" and args.protocol == "segment" and args.data != "shapes":
-            value = 512  # VICRegL D.2, CrIBo A.2
-        if getattr(args, key, 0) is None:
-            setattr(args, key, value)
+        run = flags if isinstance(flags, dict) else {}
+    args.data = args.data or run.get("data", "shapes")
+    dense = args.protocol == "segment" and args.data != "shapes"
+    args.size = args.size or (512 if dense else run.get("size", 224))  # 512: VICRegL D.2, CrIBo A.2
+    args.bf16 = run.get("bf16", common.has_bf16()) if args.bf16 is None else args.bf16
     if args.checkpoint == "random":
         torch.manual_seed(0)
         return common.build_backbone(args.arch, args.size), Path(f"{args.protocol}.json")

@@ -101,12 +101,28 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, word):
     assert word in user_error(evaluate.main, monkeypatch, capsys, "knn", "--workers", 0, "--size", 32, *args)
 
 
-def test_random_checkpoint_on_shapes(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command,length,column", [
+    ("knn", 60, "20-NN"), ("linear --epochs 1 --batch-size 16", 60, "top-1"), ("fewshot", 300, "accuracy"),
+    ("linear --finetune --labels 0.1 --epochs 1 --batch-size 4", 60, "top-1"), ("segment --steps 2", 20, "mIoU"),
+    ("retrieve --subsample 1 4", 8, "mIoU"), ("correspond", 20, "flip"),
+])
+def test_every_protocol_on_shapes(tmp_path, monkeypatch, capsys, command, length, column):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.Shapes, "__len__", lambda self: 60)
-    monkeypatch.setattr(sys, "argv", "evaluate.py knn --checkpoint random --arch tiny_convnet --size 32 --workers 0".split())
+    monkeypatch.setattr(common.Shapes, "__len__", lambda self: length)
+    flags = "--checkpoint random --arch tiny_convnet --size 32 --workers 0"
+    monkeypatch.setattr(sys, "argv", f"evaluate.py {command} {flags}".split())
     evaluate.main()
-    assert "knn on shapes" in capsys.readouterr().out and (tmp_path / "knn.json").exists()
+    name = command.split()[0]
+    (title, rows), = json.loads((tmp_path / f"{name}.json").read_text()).items()
+    assert title.startswith(f"{name} on shapes") and title in capsys.readouterr().out
+    assert all(0 <= row[column] <= 100 for row in rows.values())
+
+
+@pytest.mark.parametrize("flags,words", [("--finetune", "go together"), ("--labels 0.1", "go together"),
+                                         ("--batch-size 99999", "at most the 10000 training images")])
+def test_flags_that_cannot_be(monkeypatch, capsys, flags, words):
+    args = f"linear --checkpoint random --arch tiny_convnet --size 32 --workers 0 {flags}".split()
+    assert words in user_error(evaluate.main, monkeypatch, capsys, *args)
 
 
 # --- dense protocols -----------------------------------------------------------------------------------------------
@@ -230,7 +246,7 @@ def test_retrieve_is_brute_force(bands):
         assert found["1/1 of the images"]["mIoU"] == pytest.approx(expected)
 
 
-def test_correspond():
+def test_correspond(monkeypatch):
     data = common.open_data("shapes", "val", 64)
     data.length = 6
 
@@ -239,6 +255,11 @@ def test_correspond():
             return [torch.nn.functional.avg_pool2d(x, 8)]
     found = evaluate.correspond(Pixels(), data, SimpleNamespace(**{**ARGS, "size": 64}), CPU)["c"]
     assert found["flip"] > 2 * found["chance"] and found["location = feature"] > 2 * found["chance"] == 2 * 100 / 64
+    monkeypatch.setattr(common, "Photometric", lambda **_: lambda x, generator: common.normalize(x.float() / 255))
+    assert evaluate.correspond(Pixels(), data, SimpleNamespace(**ARGS), CPU)["c"]["flip"] == 100
+    y, x = np.mgrid[:256, :256]  # an image whose colour tells the place: the feature's match is that of the location
+    place = common.Images(np.stack([np.stack([y, x, 0 * x], 2)] * 20).astype(np.uint8))
+    assert evaluate.correspond(Pixels(), place, SimpleNamespace(**{**ARGS, "size": 64}), CPU)["c"]["location = feature"] > 97
     boxes, flips = torch.tensor([[0, 0, 8, 16.0], [2, 4, 8, 16]]), torch.tensor([False, True])
     pos = evaluate.centres(boxes, flips, 2, 2)
     assert pos[0].tolist() == [[2, 4], [2, 12], [6, 4], [6, 12]] and pos[1].tolist() == [[4, 16], [4, 8], [8, 16], [8, 8]]

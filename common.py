@@ -9,7 +9,9 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
+import re
 import resource
 import signal
 import sys
@@ -35,6 +37,12 @@ class UserError(Exception):
 
 
 # --- 1. Backbones: images (B, 3, H0, W0) -> maps (B, N, D), pooled (B, D); `.dim` is D, `.stride` = H0 / H ---------
+# stages(images) -> the last four levels [(B, D_i, H_i, W_i)], coarsest last; the last one holds the same as `maps`
+
+
+def outputs(layers, x):
+    """What each layer returns, the first fed with x and every other one with the output before it."""
+    return list(itertools.accumulate(layers, lambda x, layer: layer(x), initial=x))[1:]
 
 
 class ResNet(torchvision.models.ResNet):
@@ -51,9 +59,12 @@ class ResNet(torchvision.models.ResNet):
             self.conv1, self.maxpool, self.stride = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), 8
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x):
+    def stages(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return outputs([self.layer1, self.layer2, self.layer3, self.layer4], x)
+
+    def forward(self, x):
+        x = self.stages(x)[-1]
         return x.flatten(2).mT, x.mean((2, 3))  # (B, D, H, W) -> (B, N, D), (B, D)
 
 
@@ -65,6 +76,10 @@ class ConvNeXt(torchvision.models.ConvNeXt):
         super().__init__(stages, stochastic_depth_prob=drop_path)
         self.classifier[2] = nn.Identity()
         self.dim, self.stride = widths[-1], 32
+
+    def stages(self, x):
+        *maps, x = outputs(self.features, x)[1::2]  # stem, stage, downsampling, stage, ...
+        return [*maps, self.classifier[0](x)]
 
     def forward(self, x):
         x = self.features(x)  # (B, D, H, W)
@@ -116,13 +131,19 @@ class ViT(nn.Module):
         pos = F.interpolate(pos, (height, width), mode="bicubic")
         return torch.cat([cls, rearrange(pos, "1 d h w -> 1 (h w) d")], 1)  # (1, 1+N, D)
 
-    def forward(self, x):
+    def tokens(self, x):
+        """The outputs (B, 1+N, D) of all blocks."""
         x = self.patch_embed.proj(x)  # (B, D, H, W)
         pos = self.positions(*x.shape[2:])
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1) + pos  # (B, 1+N, D)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
+        return outputs(self.blocks, x)
+
+    def stages(self, x):
+        last = self.tokens(x)[-4:]
+        return [rearrange(self.norm(t)[:, 1:], "b (h w) d -> b d h w", h=x.shape[2] // self.stride) for t in last]
+
+    def forward(self, x):
+        x = self.norm(self.tokens(x)[-1])
         return x[:, 1:], x[:, 0]
 
 
@@ -136,8 +157,11 @@ class TinyConvNet(nn.Sequential):
         super().__init__(*layers)
         self.dim, self.stride = 256, 8
 
+    def stages(self, x):
+        return outputs(self, x)[2::3]  # after each ReLU
+
     def forward(self, x):
-        x = super().forward(x)
+        x = self.stages(x)[-1]
         return x.flatten(2).mT, x.mean((2, 3))  # (B, D, H, W) -> (B, N, D), (B, D)
 
 
@@ -168,36 +192,75 @@ def build_backbone(arch, size=224, drop_path=0.0):
     return backbone
 
 
+RENAMED = [  # parameter names of other projects -> those used here
+    # torchvision's ViT
+    (r"^class_token$", "cls_token"), (r"^encoder\.pos_embedding$", "pos_embed"), (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.ln\.", "norm."), (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."), (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."), (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(linear_1|0)\.", ".mlp.fc1."), (r"\.mlp\.(linear_2|3)\.", ".mlp.fc2."),
+    # ConvNeXt as its authors and VICRegL name it, and as timm does
+    (r"^stem\.", "features.0."), (r"^head\.norm\.", "classifier.0."),
+    *[(rf"^(downsample_layers\.{i}|stages\.{i}\.downsample)\.", f"features.{2 * i}.") for i in range(4)],
+    *[(rf"^stages\.{i}\.(blocks\.)?", f"features.{2 * i + 1}.") for i in range(4)],
+    *[(rf"^(features\.\d\.\d+)\.({theirs})\b", rf"\1.{ours}") for theirs, ours in (
+        ("dwconv|conv_dw", "block.0"), ("norm", "block.2"), ("pwconv1|mlp.fc1", "block.3"), ("pwconv2|mlp.fc2", "block.5"),
+        ("gamma", "layer_scale"))],
+]
+HEADS = ("fc.", "head.", "heads.", "classifier.2.", "projector.", "maps_projector.", "projection_head.", "prototypes.")
+
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint file, or in last.pt of a run folder. Raises UserError, and runs no code that the
+    file may hold: tensors, plain Python values and an argparse.Namespace (DINO keeps its flags in one) is all it reads.
+    """
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give a run folder, last.pt or backbone.pt")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is no file of weights, or holds more than weights, and was not loaded "
+                        f"({str(error).split('. ')[0].splitlines()[0]})") from error
+
+
 def load_backbone(checkpoint, arch=None):
     """A backbone with trained weights, in eval mode.
 
-    checkpoint: a run folder, its last.pt (both know their `arch`), backbone.pt, or a plain state dict.
-    Raises UserError, naming the keys, where the weights are of another architecture.
+    checkpoint: a run folder or its last.pt (both know their `arch`), backbone.pt, a state dict of torchvision or timm, or
+    a release of VICReg, VICRegL, DINO (the teacher) or CrIBo (the teacher); or any of these, loaded. Their heads are left
+    out. Raises UserError, naming the keys, where the weights are of another architecture.
     """
-    state = checkpoint
-    if not isinstance(checkpoint, dict):
-        path = Path(checkpoint)
-        path = path / "last.pt" if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"no checkpoint at {path}: give a run folder, last.pt or backbone.pt")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if "args" in state:
+    loaded = isinstance(checkpoint, dict)
+    name, state = ("the checkpoint", checkpoint) if loaded else (checkpoint, read_checkpoint(checkpoint))
+    if isinstance(state.get("args"), dict):
         arch = arch or state["args"]["arch"]
-        prefix = "backbone."
-        state = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
     if arch is None:
-        raise UserError("a plain state dict does not name its architecture: add --arch")
+        raise UserError(f"{name} does not name its architecture: add --arch")
+    state = next((state[key] for key in ("teacher", "model", "state_dict") if key in state), state)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    inner = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    state = inner or state
+    for pattern, ours in RENAMED + [(r"^norm\.", "classifier.0.")] * (arch in CONVNEXTS):
+        state = {re.sub(pattern, ours, key): value for key, value in state.items()}
+    state = {key: value.view(-1, 1, 1) if key.endswith("layer_scale") else value for key, value in state.items()
+             if not key.startswith(HEADS)}
     size = 224  # what the weights were made for: the small stem is 3 pixels wide, position embeddings count patches
     if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3:
         size = 32
-    if "pos_embed" in state:
+    if {"pos_embed", "patch_embed.proj.weight"} <= state.keys():
         size = math.isqrt(state["pos_embed"].shape[1] - 1) * state["patch_embed.proj.weight"].shape[-1]
     backbone = build_backbone(arch, size)
-    own = {k: v.shape for k, v in backbone.state_dict().items()}
-    wrong = sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k] != state[k].shape)
-    if wrong:
-        raise UserError(f"the checkpoint is not a {arch}: {len(wrong)} of {len(own)} parameters are missing, "
-                        f"unexpected or of another shape ({', '.join(wrong[:4])}, ...); set --arch")
+    own = backbone.state_dict()
+    shapes = [f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in own
+              if key in state and state[key].shape != own[key].shape]
+    wrong = {"missing in the file": [k for k in own if k not in state],
+             "unexpected in the file": [k for k in state if k not in own], "of another shape": shapes}
+    if any(wrong.values()):
+        told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' * (len(keys) > 4)})"
+                         for what, keys in wrong.items() if keys)
+        raise UserError(f"{name} is not a {arch}: of {len(own)} parameters {told}; set --arch")
     backbone.load_state_dict(state)
     return backbone.eval()
 
@@ -318,7 +381,8 @@ def open_data(name, split="train", size=64):
     """The `split` ("train" or "val") of a data set: Images or Shapes, or None where a folder has no validation part.
 
     name: "shapes" (scenes made for views of `size` pixels); cifar10, cifar100, stl10, voc (torchvision downloads them
-    to $DATA or ./data); else a folder, or one in $DATA: X/train and X/val (or X/test) if X has them, else X itself.
+    to $DATA or ./data); else a folder, or one in $DATA: X/train and X/val (or X/test) if X has them, else X itself; the
+    images/ of a part that has masks/.
     """
     root = os.environ.get("DATA", "data")
     if name == "shapes":
@@ -349,7 +413,7 @@ def open_data(name, split="train", size=64):
                 parts.append(place)
             for part in parts:
                 if part.is_dir():
-                    images = find_images(part)
+                    images = find_images(part / "images" if (part / "masks").is_dir() else part)
                     if not len(images):
                         raise UserError(f"no images in {part}: it needs files ending in {' '.join(sorted(SUFFIXES))}")
                     return images

@@ -4,6 +4,7 @@
 """
 import argparse
 import contextlib
+import datetime
 import itertools
 import json
 import math
@@ -300,7 +301,7 @@ class Shapes:
 
 def find_images(root):
     """Images anywhere below `root`, sorted; labelled if all of them lie in ROOT/CLASS/."""
-    paths, seen = [], set()
+    paths, seen = [], {os.path.realpath(root)}
     for folder, inner, files in os.walk(root, followlinks=True):
         inner[:] = sorted(d for d in inner if (real := os.path.realpath(os.path.join(folder, d))) not in seen
                           and not seen.add(real))  # a link back to a parent must not loop
@@ -322,15 +323,24 @@ def open_data(name, split="train", size=64):
     root = os.environ.get("DATA", "data")
     if name == "shapes":
         return Shapes(split, 3 * size // 2)
-    if name in ("cifar10", "cifar100"):
-        data = getattr(torchvision.datasets, name.upper())(root, train=split == "train", download=True)
-        return Images(data.data, np.array(data.targets), data.classes)
-    if name == "stl10":
-        data = torchvision.datasets.STL10(root, split="train+unlabeled" if split == "train" else "test", download=True)
-        return Images(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
-    if name == "voc":
-        data = torchvision.datasets.VOCSegmentation(root, image_set=split, download=True)
-        return Images(data.images)
+    if name in ("cifar10", "cifar100", "stl10", "voc"):
+        follower = dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0"
+        if follower:  # one process of each machine downloads, the others then find the files
+            dist.barrier()
+        try:
+            if name == "stl10":
+                parts = {"train": "train+unlabeled", "val": "test"}
+                data = torchvision.datasets.STL10(root, parts[split], download=not follower)
+                return Images(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
+            if name == "voc":
+                return Images(torchvision.datasets.VOCSegmentation(root, image_set=split, download=not follower).images)
+            data = getattr(torchvision.datasets, name.upper())(root, split == "train", download=not follower)
+            return Images(data.data, np.array(data.targets), data.classes)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot get {name} in {root} ({error}): put torchvision's files there, or set $DATA") from error
+        finally:
+            if dist.is_initialized() and not follower:
+                dist.barrier()
     places = [Path(name), Path(root) / name]
     for place in places:
         if place.is_dir():
@@ -381,7 +391,7 @@ class Views(torch.utils.data.Dataset):
         views = self.sample(rng, image.height, image.width)
         return Batch([cut(image, *view) for view in views], torch.tensor([box for box, _, _ in views], dtype=torch.float32),
                      torch.tensor([flip for _, flip, _ in views]), torch.tensor([image.height, image.width]),
-                     self.data.label(source), -1 if source == index else index)
+                     self.data.label(source) if source >= 0 else -1, -1 if source == index else index)
 
     def read(self, index):
         """The image and its index: the next readable one if it is broken itself (black if ten in a row are)."""
@@ -432,12 +442,13 @@ def adjust_hue(x, factor):
     v, c = x.amax(1, True), x.amax(1, True) - x.amin(1, True)  # (B, 1, H, W)
     r, g, b = x.split(1, 1)
     h = torch.where(v == r, g - b, torch.where(v == g, 2 * c + b - r, 4 * c + r - g)) / c.clamp(min=1e-12)
-    k = (h + 6 * factor + x.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6  # (B, 3, H, W)
+    k = (h + 6 * factor + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6  # (B, 3, H, W), from 5, 3, 1
     return v - c * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def gray(x):
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+def gray(x):  # the constants here and in normalize() are numbers: a tensor of them would make the GPU wait for the host
+    r, g, b = x.split(1, 1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def gaussian_blur(x, sigma, kernel=23):
@@ -499,8 +510,9 @@ class Photometric:
 
 
 def normalize(x):
-    mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
-    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    """RGB (B, 3, H, W) from 0 to 1 -> minus ImageNet's mean, divided by its standard deviation."""
+    constants = (0.485, 0.229), (0.456, 0.224), (0.406, 0.225)
+    return torch.stack([(channel - mean) / std for channel, (mean, std) in zip(x.unbind(1), constants)], 1)
 
 
 # --- 3. Optimisation -----------------------------------------------------------------------------------------------
@@ -519,7 +531,7 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             live = [p for p in group["params"] if p.grad is not None]
-            for params in ([p for p in live if p.ndim > 1], [p for p in live if p.ndim == 1]):
+            for params in ([p for p in live if p.ndim > 1], [p for p in live if p.ndim < 2]):
                 if not params:
                     continue
                 updates = [p.grad for p in params]
@@ -562,7 +574,8 @@ def one_line_errors():
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if str(error):  # of an error that all processes meet, the first has the words
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -571,7 +584,8 @@ def one_line_errors():
 
 def parse_args(parser, recipes):
     """Adds the flags of every method; the recipe of --data gives the defaults, any flag overrides it."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     flag = parser.add_argument
     flag("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, voc, or a folder of images (or one in $DATA)")
     flag("--arch", help=", ".join(ARCHITECTURES))
@@ -595,8 +609,10 @@ def parse_args(parser, recipes):
 
 
 def has_bf16():
-    """Whether bfloat16 is fast here: on CUDA, and on CPUs with instructions for it."""
-    return torch.cuda.is_available() or bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+    """Whether bfloat16 is fast here: on GPUs and CPUs with instructions for it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
 def set_up(seed):
@@ -606,7 +622,8 @@ def set_up(seed):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        timeout = datetime.timedelta(minutes=30)  # listing the images of a slow disk takes one process longer than another
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     torch.manual_seed(seed)
     return device
 
@@ -663,8 +680,9 @@ class Run:
         self.args, self.model, self.optimizer, self.data, self.device = args, model, optimizer, data, device
         self.rank, self.world = rank_and_world()
         self.folder, self.step, self.stop, self.broken = Path(args.out) / args.name, 0, 0, set()
-        if args.batch_size < 2 or args.batch_size % self.world:
-            raise UserError(f"--batch-size {args.batch_size} must be at least 2 and divisible by the {self.world} processes")
+        if args.batch_size < 2 * self.world or args.batch_size % self.world:
+            raise UserError(f"--batch-size {args.batch_size} must be at least 2 for each of the {self.world} processes and "
+                            "divisible by their number")
         self.per_epoch = len(data) // args.batch_size
         if not self.per_epoch:
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images of {args.data}")
@@ -672,6 +690,11 @@ class Run:
         self.control = dist.new_group(backend="gloo") if self.world > 1 else None  # for votes that no GPU waits for
         if (self.folder / "last.pt").exists():
             self.resume(torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True))
+        if self.world > 1:
+            seen = torch.tensor([self.step, -self.step, len(data), -len(data)])
+            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
+            if seen[0] != -seen[1] or seen[2] != -seen[3]:
+                raise UserError("the processes see different checkpoints or images: --out and --data must be shared by all")
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, frame: setattr(self, "stop", number))
         if self.rank == 0:
@@ -684,14 +707,14 @@ class Run:
             self.describe()
 
     def resume(self, state):
-        now, then = vars(self.args), state["args"]
-        changed = [f"--{key.replace('_', '-')} {then.get(key)} (now {value})" for key, value in now.items()
-                   if key not in self.FREE and value != then.get(key)]
+        now, then = {**vars(self.args), "images": len(self.data)}, state["args"]
+        changed = [f"{key.replace('_', '-')} {then[key]} (now {value})" for key, value in now.items()
+                   if key in then.keys() - self.FREE and value != then[key]]
         if changed:
             raise UserError(f"{self.folder} was started with {', '.join(changed)}: give the same, or another --name")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.broken = state["step"], set(state["broken"])
 
     def describe(self):
         def millions(module):
@@ -744,14 +767,29 @@ class Run:
                     print(f"{signal.Signals(stop).name}: saved at step {self.step}; the same command resumes", flush=True)
                 sys.exit(0)
             asked = time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        if self.world > 1:  # on the CPU each process has its own running statistics: all take those that were saved
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
 
     def note_broken(self, indices):
         for index in set(indices[indices >= 0].tolist()) - self.broken:
             self.broken.add(index)
             print(f"warning: cannot read {self.data.name(index)}; another takes its place", file=sys.stderr, flush=True)
+
+    def check_broken(self):
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, self.broken, group=self.control)
+            self.broken = set().union(*everyone)
         if len(self.broken) > 0.01 * len(self.data):
             names = ", ".join(self.data.name(i) for i in sorted(self.broken))
-            raise UserError(f"over 1% of the images are unreadable ({len(self.broken)}): mend or remove {names}")
+            self.fail(f"over 1% of the images are unreadable ({len(self.broken)}): mend or remove {names}")
+
+    def fail(self, why):
+        """For what all processes find out together."""
+        raise UserError(why if self.rank == 0 else "")
 
     def reset_clock(self):
         self.waited, self.clock, self.clock_step = 0.0, time.monotonic(), self.step
@@ -764,13 +802,14 @@ class Run:
         self.metrics, step = metrics, self.step + 1
         if step % self.args.log_every and step != self.total:
             return
+        self.check_broken()
         values = [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in metrics.values()]
         values = torch.stack(values)
         if self.world > 1:
             dist.all_reduce(values)
         line = dict(zip(metrics, (values / self.world).tolist()))
         if not math.isfinite(line["loss"]):
-            self.fail(line)
+            self.fail(self.diverged(line))
         if self.rank == 0:
             seconds = time.monotonic() - self.clock
             rate = (step - self.clock_step) / seconds
@@ -787,20 +826,20 @@ class Run:
                   sep="  ", flush=True)
         self.reset_clock()
 
-    def fail(self, line):
+    def diverged(self, line):
         terms = ", ".join(f"{key} {float(value):g}" for key, value in line.items())
-        raise UserError(f"NaN or infinity at step {self.step + 1} ({terms}); {self.folder}/last.pt is of an earlier, good "
-                        "step: try a lower --base-lr or --no-bf16 under another --name")
+        return (f"NaN or infinity at step {self.step + 1} ({terms}); what is saved in {self.folder} is of an earlier, good "
+                "step: try a lower --base-lr or --no-bf16 under another --name")
 
     def save(self, must):
         """last.pt and backbone.pt, if all weights are finite. A failure to write is fatal only if it `must` succeed."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            self.fail(self.metrics)
+            raise UserError(self.diverged(self.metrics))
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
-                     args=vars(self.args))
+                     broken=sorted(self.broken), args={**vars(self.args), "images": len(self.data)})
         try:
-            write(self.folder / "last.pt", lambda file: torch.save(state, file))
             write(self.folder / "backbone.pt", lambda file: torch.save(self.model.backbone.state_dict(), file))
+            write(self.folder / "last.pt", lambda file: torch.save(state, file))
         except UserError as error:
             if must:
                 raise

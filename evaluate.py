@@ -74,7 +74,8 @@ def knn(backbone, train, val, size, device, bf16=False, workers=0, ks=(20, 200),
     backbone.eval()
     run = functools.partial(features, backbone, size=size, device=device, bf16=bf16, workers=workers)
     queries, targets = gather(*(torch.cat(parts) for parts in list(zip(*run(val)))[:2]))
-    similarity, labels = gather(*nearest(queries, ((y, label) for y, label, _ in run(train)), max(ks)), dim=1)
+    labelled = ((y[label >= 0], label[label >= 0]) for y, label, _ in run(train))
+    similarity, labels = gather(*nearest(queries, labelled, max(ks)), dim=1)
     similarity, i = similarity.topk(max(ks))  # the processes' best
     labels = labels.gather(1, i)
     result = {}

@@ -13,19 +13,22 @@ alone prevents collapse: no negatives, no momentum encoder, no stop-gradient, no
 
     Eq. (1), (2)  variance           Eq. (5)  invariance        Algorithm 1  vicreg_loss
     Eq. (3), (4)  covariance         Eq. (6)  vicreg_loss       Appendix B   VIEWS, VICReg, RECIPES
+                                     Eq. (7)  train
 
 Differences
  1. Eq. (5) sums over dimensions, Algorithm 1 and the released code average: averaged here.
  2. The released code halves the variance term: `--var-coeff 12.5` gives its loss. The paper's is the default.
  3. The released code draws the views differently (area from 0.08; blur 1.0 / 0.1 and solarize 0 / 0.2 for the first /
-    second view): `--views released`. Its final learning rate is 0.001 of the peak: `--final-lr 0.0016`.
+    second view): `--views released`. Its final learning rate is 0.001 of the peak: `--final-lr 0.0016` at batch 2048.
  4. The off-diagonal sum of Eq. (4) comes from the smaller of covariance (D x D) and Gram matrix (n x n): the same
-    number, see covariance(). The loss is computed in float32 whatever autocast says.
+    number, see covariance(). vicreg_loss() computes in float32 whatever autocast says.
  5. Unsaid in the paper, from its released code: no bias in the projector's last layer; each residual branch starts
-    at zero; LARS neither decays nor scales biases and normalisation; statistics over the batch of all processes.
+    at zero; LARS (momentum 0.9, eta 0.001) neither decays nor scales biases and normalisation; variance and covariance
+    over the batch of all processes; blur of 0.1 to 2 pixels.
  6. An incomplete last batch of an epoch is dropped.
- 7. cifar10 and imagenet100 follow "Bag of Image Patch Embedding" (Appendix C.1, C.2), whose learning rates are read
-    as base rates for a batch of 256; shapes and tiny_convnet are this project's own.
+ 7. cifar10, cifar100 and imagenet100 follow "Bag of Image Patch Embedding" (Appendix C.1, C.2): its learning rates are
+    read as base rates for a batch of 256, and its augmentation, BYOL's, is that of `--views released`. shapes and
+    tiny_convnet are this project's own.
  8. A linear classifier on detached representations reports accuracy while training; nothing else sees the labels.
 """
 import argparse
@@ -98,29 +101,31 @@ def all_rows(z):
 
 def center(z):
     """z (n/G, D) minus the mean over all processes, and n. Raises where processes hold unequal numbers of rows."""
-    n = len(z) * (dist.get_world_size() if dist.is_initialized() else 1)
+    if not dist.is_initialized():
+        return z - z.mean(0), len(z)
+    n = len(z) * dist.get_world_size()
     total = all_sum(torch.cat([z.sum(0), z.new_full((1,), len(z))]))  # (D + 1,)
     torch._assert_async(total[-1] == n, "the processes hold batches of unequal size")  # the GPU is not waited for
     return z - total[:-1] / n, n
 
 
 def invariance(z_a, z_b):
-    """Mean squared error between the embeddings (n, D) of two views. Eq. (5), averaged over D as in Algorithm 1."""
+    """Mean squared error between the embeddings (n/G, D) of two views. Eq. (5), averaged over D as in Algorithm 1."""
     return F.mse_loss(z_a, z_b)
 
 
 def variance(z, gamma=1.0, eps=1e-4):
-    """Hinge on each dimension's standard deviation over the global batch. z (n, D) -> scalar. Eq. (1)."""
+    """Hinge on each dimension's standard deviation over the global batch. z (n/G, D) -> scalar. Eq. (1)."""
     z, n = center(z)
     var = all_sum(z.square().sum(0)) / (n - 1)  # (D,)  Eq. (2)
     return F.relu(gamma - torch.sqrt(var + eps)).mean()
 
 
 def covariance(z):
-    """Sum of squared off-diagonal covariances over the global batch, / D. z (n, D) -> scalar. Eqs. (3), (4).
+    """Sum of squared off-diagonal covariances over the global batch, / D. z (n/G, D) -> scalar. Eqs. (3), (4).
 
     With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F, so the sum is ||C||^2 or ||S||^2, whichever
-    matrix is smaller, minus the squared variances.
+    matrix is smaller, minus the squared variances. Differentiable once.
     """
     z, n = center(z)
     d = z.shape[1]
@@ -135,10 +140,11 @@ def covariance(z):
 
 
 def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
-    """Eq. (6) as Algorithm 1 writes it. Embeddings z_a, z_b (n, D) -> the loss, and its three unweighted terms.
+    """Eq. (6) as Algorithm 1 writes it, lambda, mu and nu being the coefficients of inv, var and cov.
 
-    On G processes, each with its own n/G rows, var and cov are those of all rows, and the gradient that DDP averages
-    equals that of one process. Raises RuntimeError if the processes hold unequal numbers of rows.
+    Embeddings z_a, z_b (n/G, D), n > 1 -> the loss, and its three unweighted terms. On G processes, which must all call
+    it, var and cov are those of all n rows, and the gradient that DDP averages equals that of one process. Raises
+    RuntimeError if the processes hold unequal numbers of rows.
     """
     with torch.autocast(z_a.device.type, enabled=False):
         z_a, z_b = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_a, z_b))
@@ -169,7 +175,7 @@ class VICReg(nn.Module):
 
     def forward(self, x_a, x_b):
         """Views (B, 3, H0, W0) -> embeddings z_a, z_b (B, widths[-1]) and the probe's logits (B, classes) or None."""
-        y_a, y_b = self.backbone(x_a)[1], self.backbone(x_b)[1]  # representations (B, D)
+        (_, y_a), (_, y_b) = self.backbone(x_a), self.backbone(x_b)  # representations (B, D)
         logits = self.probe(y_a.detach()) if self.probe else None
         return self.projector(y_a), self.projector(y_b), logits
 
@@ -180,9 +186,11 @@ RECIPES = {  # chosen by --data; any other data set gets imagenet's
     "imagenet": dict(arch="resnet50", size=224, projector="8192-8192-8192", epochs=1000, batch_size=2048, base_lr=0.2,
                      final_lr=0.002, weight_decay=1e-6, warmup_epochs=10),  # Appendix B.1
     "imagenet100": dict(arch="resnet50", size=224, projector="8192-8192-8192", epochs=400, batch_size=1024, base_lr=0.1,
-                        final_lr=0.0, weight_decay=1e-4, warmup_epochs=10),
+                        final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, views="released"),
     "cifar10": dict(arch="resnet34", size=32, projector="4096-128", epochs=600, batch_size=1024, base_lr=0.3,
-                    final_lr=0.0, weight_decay=1e-4, warmup_epochs=10),
+                    final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, views="released"),
+    "cifar100": dict(arch="resnet34", size=32, projector="4096-512", epochs=600, batch_size=1024, base_lr=0.3,
+                     final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, views="released"),
     "shapes": dict(arch="tiny_convnet", size=64, projector="1024-1024-1024", epochs=7, batch_size=128, base_lr=8.0,
                    final_lr=0.0, weight_decay=1e-6, warmup_epochs=1),
 }
@@ -214,7 +222,7 @@ def train(args):
         optimizer.zero_grad()
         (loss + probe_loss).backward()
         optimizer.step()
-        run.log(loss=loss, **parts, std=z_a.std(0).mean(), **accuracy, lr=lr)
+        run.log(loss=loss, **parts, std=z_a.detach().float().std(0).mean(), **accuracy, lr=lr)
 
     knn_report(args, model.backbone, run.folder / "knn.json", device)
 

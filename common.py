@@ -659,9 +659,11 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns some failures to write into RuntimeError
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):  # torch.save makes a RuntimeError of a failure to write, but not only of that
+            raise
         part.unlink(missing_ok=True)
-        reason = error.__context__ or error
         raise UserError(f"cannot write {path} ({reason}); what it held before is intact: free space, run again") from error
 
 

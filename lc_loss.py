@@ -13,7 +13,7 @@ whole image, only resized and recoloured; the other is cropped, flipped and reco
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 lc_loss.py --data imagenet
 
     Eq. (1)  byol_loss               Eqs. (2)-(4)  local_contrastive_loss       Section 3    correspondences, BYOL
-    Eq. (5)  train                   Table 6       local_mse_loss (--local mse)  Section 4.1  RECIPES
+    Eq. (5)  train                   Table 6       local_mse_loss (--local-loss mse)  Section 4.1  RECIPES
 
 Another method's loss with LC-loss, as the paper's Appendix B has it for DINO: nothing in section 2 but byol_loss knows
 of BYOL. Give local_contrastive_loss the teacher's map of the resized view (detached) and the student's map of the
@@ -120,7 +120,8 @@ def local_contrastive_loss(f_c, f_sc, points, valid, temperature=0.1):
     f_c, f_sc = F.normalize(f_c.flatten(2), dim=1), F.normalize(f_sc.flatten(2), dim=1)  # (B, D, N), (B, D, N')
     similarity = f_c.mT @ f_sc  # (B, N, D) (B, D, N') -> (B, N, N')  Eq. (2)
     nll = -F.log_softmax(similarity / temperature, dim=2)  # Eq. (3), at every location of I_sc
-    nll = at_points(nll.view(b * h * w, 1, h_sc, w_sc), points.view(b * h * w, 1, 2))  # (BN, 1, h', w') -> (BN, 1, 1)
+    # A map of I_sc for each point of I_c, read at one place: (BN, 1, h', w') at (BN, 1, 2) -> (BN, 1, 1)
+    nll = at_points(nll.reshape(b * h * w, 1, h_sc, w_sc), points.reshape(b * h * w, 1, 2))
     return mean_over_valid(nll.view(b, h * w), valid.flatten(1))  # Eq. (4)
 
 
@@ -218,7 +219,7 @@ def train(args):
         q_c, q_sc, g_c, g_sc, f_c, f_sc = (x.float() for x in outputs)
         points, valid = correspondences(batch.boxes[:, 1], batch.flips[:, 1], batch.sizes, f_c.shape[2])
         byol = byol_loss(q_c, g_sc) + byol_loss(q_sc, g_c)
-        if args.local == "mse":
+        if args.local_loss == "mse":
             local = local_mse_loss(f_c, f_sc, points, valid)
         else:
             local = local_contrastive_loss(f_c, f_sc, points, valid, args.temperature)
@@ -242,7 +243,7 @@ def main():
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--projector", help="hidden and output width of projector and predictor")
         parser.add_argument("--alpha", type=float, default=0.1, help="weight of the local loss; 0 is BYOL")
-        parser.add_argument("--local", default="contrastive", choices=["contrastive", "mse"])
+        parser.add_argument("--local-loss", default="contrastive", choices=["contrastive", "mse"])
         parser.add_argument("--temperature", type=float, default=0.1)
         parser.add_argument("--momentum", type=float, help="of the target network at the start; 1 at the end")
         train(common.parse_args(parser, RECIPES))

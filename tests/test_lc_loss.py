@@ -159,7 +159,8 @@ def test_target_moves_as_an_average_and_gets_no_gradient():
     assert not any(t.requires_grad for t in (g_c, g_sc, f_c)) and f_c.shape == f_sc.shape == (4, 256, 4, 4)
     (byol_loss(q_c, g_sc) + byol_loss(q_sc, g_c) + f_sc.mean()).backward()
     assert all(p.grad is None for p in model.target.parameters())
-    assert all(p.grad is not None for name in ("backbone", "projector", "predictor", "local") for p in getattr(model, name).parameters())
+    for name in ("backbone", "projector", "predictor", "local"):
+        assert all(p.grad is not None for p in getattr(model, name).parameters())
 
 
 def test_maps_keep_their_places():
@@ -197,7 +198,8 @@ def test_processes_equal_one(tmp_path):
 def test_copied_alone(tmp_path):
     shutil.copy(ROOT / "lc_loss.py", tmp_path)
     code = ("import torch, lc_loss, importlib.util; assert importlib.util.find_spec('common') is None;"
-            "points, valid = lc_loss.correspondences(torch.tensor([[0., 0, 9, 9]]), torch.tensor([True]), torch.tensor([[9, 9]]), 3);"
+            "box, flip, size = torch.tensor([[0., 0, 9, 9]]), torch.tensor([True]), torch.tensor([[9, 9]]);"
+            "points, valid = lc_loss.correspondences(box, flip, size, 3);"
             "print(lc_loss.local_contrastive_loss(*torch.randn(2, 1, 4, 3, 3), points, valid).item())")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -241,7 +243,7 @@ def test_killed_and_resumed_is_bit_identical(images, tmp_path):
     assert a[0]["momentum"] < a[-1]["momentum"] <= 1
 
 
-@pytest.mark.parametrize("flags", [("--alpha", 0), ("--local", "mse")])
+@pytest.mark.parametrize("flags", [("--alpha", 0), ("--local-loss", "mse")])
 def test_ablations_under_torchrun(images, tmp_path, flags):
     done = script("lc_loss.py", "--data", images, *SMALL, "--epochs", 1, *flags, "--out", tmp_path, torchrun=2)
     assert done.returncode == 0 and "20-NN" in done.stdout, done.stderr

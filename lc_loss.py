@@ -13,7 +13,7 @@ whole image, only resized and recoloured; the other is cropped, flipped and reco
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 lc_loss.py --data imagenet
 
     Eq. (1)  byol_loss               Eqs. (2)-(4)  local_contrastive_loss       Section 3    correspondences, BYOL
-    Eq. (5)  train                   Table 6       local_mse_loss (--local-loss mse)  Section 4.1  RECIPES
+    Eq. (5)  train                   Table 6       local_mse_loss                Section 4.1  RECIPES
 
 Another method's loss with LC-loss, as the paper's Appendix B has it for DINO: nothing in section 2 but byol_loss knows
 of BYOL. Give local_contrastive_loss the teacher's map of the resized view (detached) and the student's map of the

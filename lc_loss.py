@@ -9,27 +9,30 @@ whole image, only resized and recoloured; the other is cropped, flipped and reco
 
     python lc_loss.py                                                  # a demonstration: scenes made in memory, on a CPU
     python lc_loss.py --data imagenet --batch-size 256                 # one GPU
-    torchrun --nproc_per_node=8 lc_loss.py --data imagenet             # eight: the paper's run
+    torchrun --nproc_per_node=8 lc_loss.py --data imagenet             # eight: the paper's batch of 4096
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 lc_loss.py --data imagenet
 
-    Eq. (1)  byol_loss               Eqs. (2)-(4)  local_contrastive_loss       Section 3    correspondences, BYOL
-    Eq. (5)  train                   Table 6       local_mse_loss                Section 4.1  RECIPES
+    Eq. (1)  byol_loss           Eqs. (2)-(4)  local_contrastive_loss       Section 3    correspondences, BYOL
+    Eq. (5)  lc_loss             Table 6       local_mse_loss               Section 4.1  BYOL.local, RECIPES
 
-Another method's loss with LC-loss, as the paper's Appendix B has it for DINO: nothing in section 2 but byol_loss knows
-of BYOL. Give local_contrastive_loss the teacher's map of the resized view (detached) and the student's map of the
+Another method's loss with LC-loss, as the paper's Appendix B has it for DINO: local_contrastive_loss knows nothing of
+BYOL. Give it the teacher's map of the resized view (detached) and the student's map of the
 cropped view, both through a local projection, and add alpha (there 0.5) times it to (1 - alpha) times that loss.
 
 Differences
  1. No code was released. The temperature is not given: 0.1, `--temperature`.
  2. BYOL's symmetric loss is the sum of Eq. (1) over the two directions, on the same two views that the local term uses,
-    so that there is no third forward pass (the paper reports 1% overhead).
- 3. The paper does not say which of BYOL's two colour augmentations belongs to which view: the resized view gets the
-    first (blur always, no solarization), the cropped view the second (blur 0.1, solarization 0.2).
+    so that there is no third forward pass (the paper reports 1% overhead). `--alpha 0` is BYOL's loss on these views: one
+    of them is always the whole image, where BYOL crops both.
+ 3. The paper's resized view has "blur, solarization, color distortion": it gets BYOL's second colour augmentation (blur
+    0.1, solarization 0.2), the cropped view the first (blur always, no solarization).
  4. A point in the outer half cell of the cropped view takes the value of the border's locations.
  5. Eq. (4) is averaged over an image's valid points, then over the images that have any.
  6. The paper lists projections of 4096 and predictions of 256 dimensions; BYOL's, which it says it uses, have 4096 hidden
     and 256 output units each: those.
- 7. As in vicreg.py: LARS neither decays nor scales biases and normalisation, residual branches start at zero, incomplete
+ 7. The local branch has a ReLU after its BatchNorm, as BYOL's projector; from BYOL's code, no bias in last layers.
+ 8. cifar10 and shapes are this project's own recipes.
+ 9. As in vicreg.py: LARS neither decays nor scales biases and normalisation, residual branches start at zero, incomplete
     batches are dropped, a linear classifier on detached representations reports accuracy while training.
 """
 import argparse
@@ -44,7 +47,7 @@ from torch import nn
 # --- 1. Views and positions ----------------------------------------------------------------------------------------
 
 JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
-COLOURS = dict(jitter=JITTER, blur_p=1.0, solarize_p=0.0), dict(jitter=JITTER, blur_p=0.1, solarize_p=0.2)  # I_c, I_sc
+COLOURS = dict(jitter=JITTER, blur_p=0.1, solarize_p=0.2), dict(jitter=JITTER, blur_p=1.0, solarize_p=0.0)  # I_c, I_sc
 
 
 def random_box(rng, height, width, area, ratio=(3 / 4, 4 / 3)):
@@ -94,7 +97,8 @@ def byol_loss(q, g):
 
 def at_points(maps, points):
     """Bilinear interpolation of maps (M, C, h, w) at points (M, n, 2) as (x, y) in [-1, 1] -> (M, C, n)."""
-    return F.grid_sample(maps, points[:, None], padding_mode="border", align_corners=False)[:, :, 0]
+    points = points[:, None].to(maps.dtype)  # (M, 1, n, 2)
+    return F.grid_sample(maps, points, padding_mode="border", align_corners=False)[:, :, 0]
 
 
 def mean_over_valid(values, valid):
@@ -116,7 +120,7 @@ def local_contrastive_loss(f_c, f_sc, points, valid, temperature=0.1):
     f_c (B, D, h, w): the target's features of I_c (detached); f_sc (B, D, h', w'): the online network's of I_sc;
     points (B, h, w, 2) and valid (B, h, w) from correspondences(). Images without a valid point count nothing.
     """
-    (b, _, h, w), (h_sc, w_sc) = f_sc.shape[:2] + f_c.shape[2:], f_sc.shape[2:]
+    (b, _, h, w), (h_sc, w_sc) = f_c.shape, f_sc.shape[2:]
     f_c, f_sc = F.normalize(f_c.flatten(2), dim=1), F.normalize(f_sc.flatten(2), dim=1)  # (B, D, N), (B, D, N')
     similarity = f_c.mT @ f_sc  # (B, N, D) (B, D, N') -> (B, N, N')  Eq. (2)
     nll = -F.log_softmax(similarity / temperature, dim=2)  # Eq. (3), at every location of I_sc
@@ -131,6 +135,22 @@ def local_mse_loss(f_c, f_sc, points, valid):
     return mean_over_valid(2 - 2 * F.cosine_similarity(at, f_c.flatten(2), dim=1), valid.flatten(1))
 
 
+def lc_loss(q_c, q_sc, g_c, g_sc, f_c, f_sc, points, valid, alpha=0.1, temperature=0.1, local_loss="contrastive"):
+    """Eq. (5), BYOL's loss being symmetric: the loss, and its two unweighted terms.
+
+    q, g (B, D): predictions and target projections of I_c and I_sc; the rest as in local_contrastive_loss().
+    """
+    with torch.autocast(q_c.device.type, enabled=False):
+        tensors = q_c, q_sc, g_c, g_sc, f_c, f_sc
+        q_c, q_sc, g_c, g_sc, f_c, f_sc = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+        byol = byol_loss(q_c, g_sc) + byol_loss(q_sc, g_c)
+        if local_loss == "mse":
+            local = local_mse_loss(f_c, f_sc, points, valid)
+        else:
+            local = local_contrastive_loss(f_c, f_sc, points, valid, temperature)
+        return (1 - alpha) * byol + alpha * local, {"byol": byol, "local": local}
+
+
 # --- 3. Model ------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +159,7 @@ def mlp(*widths):
     layers = []
     for i, o in zip(widths[:-2], widths[1:-1]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False))
 
 
 class BYOL(nn.Module):
@@ -205,6 +225,8 @@ def train(args):
     device = common.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
     backbone = common.build_backbone(args.arch, args.size)
+    if args.size % backbone.stride or args.size < 2 * backbone.stride:  # the grid of locations would not cover the view
+        raise common.UserError(f"--size {args.size} must be a multiple, at least twice, of {args.arch}'s stride of {backbone.stride}")
     # distribute() turns BatchNorm into SyncBatchNorm on CUDA: BYOL's batch statistics are the global batch's.
     model, ddp = common.distribute(BYOL(backbone, [int(w) for w in args.projector.split("-")], len(data.classes)), device)
     optimizer = common.LARS([p for p in model.parameters() if p.requires_grad], weight_decay=args.weight_decay)
@@ -216,22 +238,16 @@ def train(args):
         x_c, x_sc = (colour(x, generator) for colour, x in zip((colour_c, colour_sc), batch.views))
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             *outputs, logits = ddp(x_c, x_sc)
-        q_c, q_sc, g_c, g_sc, f_c, f_sc = (x.float() for x in outputs)
-        points, valid = correspondences(batch.boxes[:, 1], batch.flips[:, 1], batch.sizes, f_c.shape[2])
-        byol = byol_loss(q_c, g_sc) + byol_loss(q_sc, g_c)
-        if args.local_loss == "mse":
-            local = local_mse_loss(f_c, f_sc, points, valid)
-        else:
-            local = local_contrastive_loss(f_c, f_sc, points, valid, args.temperature)
-        loss = (1 - args.alpha) * byol + args.alpha * local  # Eq. (5)
+        points, valid = correspondences(batch.boxes[:, 1], batch.flips[:, 1], batch.sizes, args.size // backbone.stride)
+        loss, parts = lc_loss(*outputs, points, valid, args.alpha, args.temperature, args.local_loss)
         probe_loss, accuracy = common.probe(logits, batch.labels)
         lr, momentum = run.set_lr(), common.cosine_schedule(run.step, run.total, 0, args.momentum, 1.0)
         optimizer.zero_grad()
         (loss + probe_loss).backward()
         optimizer.step()
         model.update_target(momentum)
-        std = F.normalize(q_c, dim=1).std(0).mean()  # 1/sqrt(D) where spread over the sphere, 0 where collapsed
-        run.log(loss=loss, byol=byol, local=local, valid=valid.float().mean(), std=std, **accuracy, lr=lr, momentum=momentum)
+        std = F.normalize(outputs[0].detach().float(), dim=1).std(0).mean()  # 1/sqrt(D) at most; 0: collapsed
+        run.log(loss=loss, **parts, valid=valid.float().mean(), std=std, **accuracy, lr=lr, momentum=momentum)
 
     knn_report(args, model.backbone, run.folder / "knn.json", device)
 
@@ -242,7 +258,7 @@ def main():
     with common.one_line_errors():
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--projector", help="hidden and output width of projector and predictor")
-        parser.add_argument("--alpha", type=float, default=0.1, help="weight of the local loss; 0 is BYOL")
+        parser.add_argument("--alpha", type=float, default=0.1, help="weight of the local loss; 0: BYOL's alone")
         parser.add_argument("--local-loss", default="contrastive", choices=["contrastive", "mse"])
         parser.add_argument("--temperature", type=float, default=0.1)
         parser.add_argument("--momentum", type=float, help="of the target network at the start; 1 at the end")

@@ -226,7 +226,7 @@ def train(args):
     data = common.open_data(args.data, "train", args.size)
     backbone = common.build_backbone(args.arch, args.size)
     if args.size % backbone.stride or args.size < 2 * backbone.stride:  # the grid of locations would not cover the view
-        raise common.UserError(f"--size {args.size} must be a multiple, at least twice, of {args.arch}'s stride of {backbone.stride}")
+        raise common.UserError(f"--size {args.size}: {args.arch} needs two or more times its stride, {backbone.stride}")
     # distribute() turns BatchNorm into SyncBatchNorm on CUDA: BYOL's batch statistics are the global batch's.
     model, ddp = common.distribute(BYOL(backbone, [int(w) for w in args.projector.split("-")], len(data.classes)), device)
     optimizer = common.LARS([p for p in model.parameters() if p.requires_grad], weight_decay=args.weight_decay)

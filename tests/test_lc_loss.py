@@ -305,4 +305,4 @@ def test_bad_input(images, tmp_path, monkeypatch, capsys):
     args = "--data", images, *SMALL, "--out", tmp_path
     assert "no data set 'nowhere'" in user_error(lc_loss.main, monkeypatch, capsys, *args, "--data", "nowhere")
     for size in (44, 8):
-        assert "stride of 8" in user_error(lc_loss.main, monkeypatch, capsys, *args, "--size", size)
+        assert "times its stride, 8" in user_error(lc_loss.main, monkeypatch, capsys, *args, "--size", size)

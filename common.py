@@ -760,7 +760,7 @@ class Run:
         self.total, self.peak_lr = args.epochs * self.per_epoch, args.base_lr * args.batch_size / 256
         self.control = dist.new_group(backend="gloo") if self.world > 1 else None  # for votes that no GPU waits for
         if (self.folder / "last.pt").exists():
-            self.resume(torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True))
+            self.resume(read_checkpoint(self.folder / "last.pt"))
         if self.world > 1:
             seen = torch.tensor([self.step, -self.step, len(data), -len(data)])
             dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)

@@ -360,8 +360,8 @@ class Masked:
     """Images in files with their masks, 8-bit PNGs of class ids: pair(i) -> the RGB image and the mask, both PIL.
 
     shift is subtracted from the ids, modulo 256. All files are looked at once, before anything is computed: raises
-    UserError, naming the file, where there is no image, an image has no mask or one of another size, or an id is beyond
-    num_classes (None: as many as there are).
+    UserError, naming the file, where an image has no mask or one of another size, or an id is beyond num_classes
+    (None: as many as there are).
     """
 
     def __init__(self, images, masks, num_classes=None, shift=0):
@@ -386,7 +386,7 @@ class Masked:
                 size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # lying on its side
             with Image.open(mask) as opened:
                 mode, ids = opened.mode, np.array(opened)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
             raise common.UserError(f"cannot read {name} or its mask {mask} ({error})") from error
         if mode not in ("L", "P"):
             raise common.UserError(f"{mask} is no 8-bit image of class ids: its mode is {mode}")
@@ -517,6 +517,8 @@ def segment(backbone, train, val, args, device):
     The logits of each location are upsampled bilinearly to the mask, in training and in evaluation, where that is the
     mask of the whole image in its own size. With args.finetune every rate trains a copy of the backbone of its own.
     """
+    if args.size % backbone.stride:
+        raise common.UserError(f"--size {args.size} must be a multiple of {backbone.stride}, the stride of the backbone")
     if isinstance(backbone, common.ResNet) and backbone.stride == 32:
         dilate(backbone)
     if isinstance(backbone, common.ConvNeXt | common.ViT):

@@ -494,6 +494,6 @@ def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch, capsys, zipped):
     if zipped:
         torch.save({"model": Malice()}, "evil.pt")
     else:
-        (tmp_path / "evil.pt").write_bytes(pickle.dumps({"model": Malice()}))
+        (tmp_path / "evil.pt").write_bytes(pickle.dumps({"model": Malice()}, protocol=2))
     said = user_error(evaluate.main, monkeypatch, capsys, "knn", "--checkpoint", "evil.pt", "--arch", "resnet18")
     assert "evil.pt" in said and "not loaded" in said and not (tmp_path / "executed").exists()

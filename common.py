@@ -639,7 +639,8 @@ def one_line_errors():
         yield
     except UserError as error:
         if str(error):  # of an error that all processes meet, the first has the words
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            line = str(error).splitlines()[-1].removeprefix("common.UserError: ")  # a loader's worker adds its traceback
+            print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -396,8 +396,11 @@ class Masked:
         return int(ids.max(initial=0, where=ids != 255))
 
     def pair(self, index):
-        with Image.open(self.masks.name(index)) as mask:
-            return self.images.load(index), Image.fromarray(np.array(mask) - np.uint8(self.shift))
+        try:
+            with Image.open(self.masks.name(index)) as mask:
+                return self.images.load(index), Image.fromarray(np.array(mask) - np.uint8(self.shift))
+        except OSError as error:
+            raise common.UserError(f"cannot read {self.images.name(index)} or its mask ({error})") from error
 
 
 def open_masks(name, size):

@@ -383,6 +383,11 @@ def _save(array, path):
     Image.fromarray(np.array(array, np.uint8)).save(path)
 
 
+def _halve(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2])
+
+
 @pytest.mark.parametrize("name,spoil,words", [
     ("size", lambda d: _save(np.zeros((9, 7)), d / "train/masks/1.png"), "train/masks/1.png has 7 x 9 pixels"),
     ("ids", lambda d: _save(np.full((32, 40), 9), d / "val/masks/2.png"), "val/masks/2.png holds the class id 9"),
@@ -390,13 +395,14 @@ def _save(array, path):
     ("empty", lambda d: [p.unlink() for p in (d / "val/images").iterdir()], "no images in"),
     ("colour", lambda d: _save(np.zeros((32, 40, 3)), d / "train/masks/0.png"), "train/masks/0.png is no 8-bit"),
     ("broken", lambda d: (d / "train/masks/0.png").write_bytes(b"?"), "train/masks/0.png"),
+    ("truncated", lambda d: _halve(d / "val/images/0.png"), "cannot read"),
 ])
 def test_bad_masks(tmp_path, monkeypatch, capsys, name, spoil, words):
     striped(striped(tmp_path, 3, 0), 3, 1, split="val")
     spoil(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert words in user_error(evaluate.main, monkeypatch, capsys, "retrieve", "--checkpoint", "random", "--arch",
-                               "tiny_convnet", "--data", tmp_path, "--workers", 0)
+                               "tiny_convnet", "--data", tmp_path, "--workers", int(name == "truncated"))
 
 
 # --- checkpoints of other projects ---------------------------------------------------------------------------------

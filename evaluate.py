@@ -52,6 +52,7 @@ from torch import nn
 
 import common
 import vicreg
+import vicregl
 
 # --- Images with labels --------------------------------------------------------------------------------------------
 
@@ -622,14 +623,6 @@ def four_views(rng, height, width, size):
     return [(box, False, size), (box, True, size), *vicreg.sample_views(rng, height, width, (0.08, 1.0), size)]
 
 
-def centres(boxes, flips, h, w):
-    """boxes (B, 4), flips (B,) -> the centre (y, x) of each cell in pixels of the image, (B, N, 2). VICRegL, Appendix C."""
-    top, left, height, width = boxes[..., None].unbind(1)  # (B, 1) each
-    y, x = ((torch.arange(n, device=boxes.device) + 0.5) / n for n in (h, w))
-    y, x = top + height * y, left + width * torch.where(flips[:, None], x.flip(0), x)  # (B, h), (B, w)
-    return torch.stack([y[:, :, None].expand(-1, -1, w), x[:, None].expand(-1, h, -1)], 3).flatten(1, 2)
-
-
 @torch.no_grad()
 def correspond(backbone, data, args, device, num_matches=20, batch_size=64):
     """Two shares in % of right correspondences, and that of random ones -> {"flip", "location = feature", "chance"}.
@@ -657,7 +650,7 @@ def correspond(backbone, data, args, device, num_matches=20, batch_size=64):
         plain, mirrored, a, b = (m.flatten(2).mT for m in maps)  # (B, N, D)
         similarity = F.normalize(plain, dim=2) @ F.normalize(mirrored, dim=2).mT  # (B, N, D) (B, D, N) -> (B, N, N)
         right = similarity.argmax(2) == torch.arange(h * w, device=device).view(h, w).flip(1).flatten()
-        pos_a, pos_b = (centres(boxes[:, v], flips[:, v], h, w) for v in (2, 3))
+        pos_a, pos_b = (vicregl.positions(boxes[:, v], flips[:, v], h).flatten(1, 2) for v in (2, 3))  # (B, N, 2)
         low, high = boxes[:, None, 3, :2], boxes[:, None, 3, :2] + boxes[:, None, 3, 2:]  # (B, 1, 2)
         inside = ((pos_a >= low) & (pos_a <= high)).all(2)  # (B, N)
         by_location = torch.cdist(pos_a, pos_b, compute_mode="donot_use_mm_for_euclid_dist").argmin(2)

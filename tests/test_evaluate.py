@@ -260,9 +260,6 @@ def test_correspond(monkeypatch):
     y, x = np.mgrid[:256, :256]  # an image whose colour tells the place: the feature's match is that of the location
     place = common.Images(np.stack([np.stack([y, x, 0 * x], 2)] * 20).astype(np.uint8))
     assert evaluate.correspond(Pixels(), place, SimpleNamespace(**{**ARGS, "size": 64}), CPU)["c"]["location = feature"] > 97
-    boxes, flips = torch.tensor([[0, 0, 8, 16.0], [2, 4, 8, 16]]), torch.tensor([False, True])
-    pos = evaluate.centres(boxes, flips, 2, 2)
-    assert pos[0].tolist() == [[2, 4], [2, 12], [6, 4], [6, 12]] and pos[1].tolist() == [[4, 16], [4, 8], [8, 16], [8, 8]]
 
 
 def test_logistic_regression_is_at_its_optimum():

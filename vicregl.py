@@ -10,12 +10,13 @@ criterion, one batch for each of them; `alpha` weighs the global against the loc
     python vicregl.py                                                  # a demonstration: scenes made in memory, on a CPU
     python vicregl.py --data imagenet --batch-size 256                 # one GPU
     torchrun --nproc_per_node=8 vicregl.py --data imagenet             # eight: the paper's ResNet-50, 100 epochs
-    torchrun --nproc_per_node=8 vicregl.py --data imagenet --epochs 300 --batch-size 2048 --base-lr 0.2     # and 300
+    torchrun --nproc_per_node=8 vicregl.py --data imagenet --epochs 300 --batch-size 2048 --base-lr 0.2 \
+        --final-lr 0.0016                                              # and 300 epochs
     torchrun --nproc_per_node=8 vicregl.py --data imagenet --arch convnext_small                      # its ConvNeXt
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 vicregl.py --data imagenet
 
-    Algorithm 1, vicreg           vicreg_loss        Eq. (2), Appendix C   positions
-    Algorithm 1, local_criterion  local_criterion    Eq. (4)               vicregl_loss
+    Algorithm 1, vicreg           vicreg_loss                    Appendix C   positions
+    Algorithm 1, local_criterion  local_criterion (with Eq. 2)   Eq. (4)      vicregl_loss
     Algorithm 1, filter_best      closest, match
 
 Differences
@@ -34,9 +35,9 @@ Differences
     in which the two large ones weigh more. For two views it is the same.
  6. Views of one size pass the network together, so BatchNorm's statistics are over all of them.
  7. Unsaid in the appendix, ours: all views have vicreg.py's colour augmentation; the final learning rate is 0.001 of the
-    peak for ResNet-50 too; ConvNeXt trains for 400 epochs, with LayerNorm in both projectors.
- 8. cifar10 follows vicreg.py's recipe, with 7 matches of its 16 locations, about the share that 20 is of 49; shapes and
-    tiny_convnet are this project's own. An incomplete last batch of an epoch is dropped.
+    peak for ResNet-50 at batch 512 too; ConvNeXt trains for 400 epochs, with LayerNorm in both projectors.
+ 8. cifar10 follows vicreg.py's recipe but for the colours, with 7 matches of its 16 locations, about the share that 20 is
+    of 49; shapes and tiny_convnet are this project's own. An incomplete last batch of an epoch is dropped.
  9. A linear classifier on detached representations reports accuracy while training; nothing else sees the labels.
 """
 import argparse
@@ -132,7 +133,7 @@ def center(z):
     if not dist.is_initialized():
         return z - z.mean(0), len(z)
     n = len(z) * dist.get_world_size()
-    total = all_sum(torch.cat([z.sum(0).flatten(), z.new_full((1,), len(z))]))  # (D + 1,) or (n D + 1,)
+    total = all_sum(torch.cat([z.sum(0).flatten(), z.new_full((1,), len(z))]))  # (D + 1,) or (M D + 1,)
     torch._assert_async(total[-1] == n, "the processes hold batches of unequal size")  # the GPU is not waited for
     return z - total[:-1].view_as(z[0]) / n, n
 
@@ -145,37 +146,37 @@ def invariance(z_a, z_b):
 def variance(z, gamma=1.0, eps=1e-4):
     """Hinge on each dimension's standard deviation over the global batch. Algorithm 1, lines 47-49.
 
-    z (B/G, D), or local features (B/G, n, D): statistics over B at each n, then the mean -> scalar.
+    z (B/G, D), or local features (B/G, M, D): statistics over B at each of M matches, then the mean -> scalar.
     """
     z, n = center(z)
-    var = all_sum(z.square().sum(0)) / (n - 1)  # (D,) or (n, D)
+    var = all_sum(z.square().sum(0)) / (n - 1)  # (D,) or (M, D)
     return F.relu(gamma - torch.sqrt(var + eps)).mean()
 
 
 def covariance(z):
     """Sum of squared off-diagonal covariances over the global batch, / D. Algorithm 1, lines 52-57.
 
-    z (B/G, D), or local features (B/G, n, D): statistics over B at each n, then the mean -> scalar.
+    z (B/G, D), or local features (B/G, M, D): statistics over B at each of M matches, then the mean -> scalar.
     With C = z^T z / (B - 1) and S = z z^T / (B - 1), ||C||_F = ||S||_F, so the sum is ||C||^2 or ||S||^2, whichever
     matrix is smaller, minus the squared variances. Differentiable once.
     """
     z, n = center(z)
     d = z.shape[-1]
-    var = all_sum(z.square().sum(0)) / (n - 1)  # (D,) or (n, D), the diagonal of C
-    rows = z.transpose(0, -2)  # (B, D) as it is, or (B, n, D) -> (n, B, D)
+    var = all_sum(z.square().sum(0)) / (n - 1)  # (D,) or (M, D), the diagonal of C
+    rows = z.transpose(0, -2)  # (B, D) as it is, or (B, M, D) -> (M, B, D)
     if n < d:
-        s = rows @ all_rows(z).transpose(0, -2).mT / (n - 1)  # (n, B/G, D) (n, D, B) -> (n, B/G, B): this process's rows
-        mine = s.square().sum((-2, -1))  # () or (n,)
+        s = rows @ all_rows(z).transpose(0, -2).mT / (n - 1)  # (M, B/G, D) (M, D, B) -> (M, B/G, B): this process's rows
+        mine = s.square().sum((-2, -1))  # () or (M,)
         total = all_sum(2 * mine - mine.detach())  # S is symmetric: through its rows flows half of the gradient
     else:
-        total = (all_sum(rows.mT @ rows) / (n - 1)).square().sum((-2, -1))  # (n, D, B) (n, B, D) -> (n, D, D)
+        total = (all_sum(rows.mT @ rows) / (n - 1)).square().sum((-2, -1))  # (M, D, B) (M, B, D) -> (M, D, D)
     return ((total - var.square().sum(-1)) / d).mean()
 
 
 def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """Algorithm 1, vicreg, lambda, mu and nu being the coefficients of inv, var and cov.
 
-    z_a, z_b (B/G, D) or (B/G, n, D), B > 1 -> the loss, and its three unweighted terms. On G processes, which must all
+    z_a, z_b (B/G, D) or (B/G, M, D), B > 1 -> the loss, and its three unweighted terms. On G processes, which must all
     call it, var and cov are those of all B rows, and the gradient that DDP averages equals that of one process. Raises
     RuntimeError if the processes hold unequal numbers of rows.
     """
@@ -197,11 +198,13 @@ def location_distances(pos_a, pos_b):
 def feature_distances(map_a, map_b):
     """Squared distances (B, N, N') between features (B, N, D) and (B, N', D).
 
-    By a matrix product in float32: four times faster than exact differences. Rounding (1e-7 of the squared norms) can
-    only exchange candidates that are as good as equally near, and no gradient depends on the distance itself.
+    By a matrix product in float32, four times faster than exact differences. Rounding, 1e-7 of the squared norms once the
+    mean is taken off, may exchange candidates that are almost equally near; no gradient depends on the distance itself.
     """
     with torch.autocast(map_a.device.type, enabled=False):
         map_a, map_b = (m.to(torch.promote_types(m.dtype, torch.float32)) for m in (map_a, map_b))
+        mean = map_b.mean((0, 1))
+        map_a, map_b = map_a - mean, map_b - mean
         products = map_a @ map_b.mT  # (B, N, D) (B, D, N') -> (B, N, N')
         return map_a.square().sum(2)[:, :, None] - 2 * products + map_b.square().sum(2)[:, None, :]
 
@@ -209,25 +212,25 @@ def feature_distances(map_a, map_b):
 def closest(distances, num_matches=None):
     """Each query's nearest candidate, for the num_matches closest pairs: filter_best of Algorithm 1.
 
-    distances (B, N, N') -> indices of the queries, in ascending order, and of their candidates, (B, n) each.
-    n is num_matches, or N where that is smaller or num_matches is None or 0. Of equal distances the first one wins.
+    distances (B, N, N') -> indices of the queries, in ascending order, and of their candidates, (B, M) each.
+    M is num_matches, or N where that is smaller or num_matches is None or 0. Of equal distances the first one wins.
     """
     distance, nearest = distances.min(2)  # (B, N) each: Algorithm 1, lines 25 and 34
-    kept = distance.argsort(dim=1, stable=True)[:, :num_matches or None].sort(1).values  # (B, N) -> (B, n)
+    kept = distance.argsort(dim=1, stable=True)[:, :num_matches or None].sort(1).values  # (B, N) -> (B, M)
     return kept, nearest.gather(1, kept)
 
 
 def select(maps, indices):
-    """maps (B, N, D) at indices (B, n) -> (B, n, D)."""
+    """maps (B, N, D) at indices (B, M) -> (B, M, D)."""
     first = torch.arange(0, maps.shape[0] * maps.shape[1], maps.shape[1], device=maps.device)  # (B,)
-    rows = (first[:, None] + indices).flatten()  # (B n,) of the B N rows: whole rows move, also in the backward pass
+    rows = (first[:, None] + indices).flatten()  # (B M,) of the B N rows: whole rows move, also in the backward pass
     return maps.flatten(0, 1).index_select(0, rows).unflatten(0, indices.shape)
 
 
 def match(query, candidates, distances, num_matches=None):
     """Each query's nearest candidate, for the num_matches closest pairs, in the queries' spatial order.
 
-    query (B, N, D), candidates (B, N', D), distances (B, N, N') -> (B, n, D), (B, n, D), with n as in closest().
+    query (B, N, D), candidates (B, N', D), distances (B, N, N') -> (B, M, D), (B, M, D), with M as in closest().
     Gradients flow to the features, not to the choice.
     """
     kept, nearest = closest(distances, num_matches)
@@ -342,6 +345,9 @@ def check_views(args, backbone):
             locations = backbone.eval()(torch.zeros(1, 3, size, size))[0].shape[1]
         backbone.train()
         for flag in ("num_matches", "num_feature_matches"):
+            if len(getattr(args, flag)) > 2 or min(getattr(args, flag)) < 0:
+                raise common.UserError(f"--{flag.replace('_', '-')} takes one number, or one for large and one for small "
+                                       "views; 0: all")
             asked = getattr(args, flag)[0 if kind == 0 else -1]
             if asked > locations and common.rank_and_world()[0] == 0:
                 print(f"note: views of {size} pixels have {locations} locations, so --{flag.replace('_', '-')} is "
@@ -365,7 +371,7 @@ def make_optimizer(args, model):
 
 @torch.no_grad()
 def match_report(args, model, device):
-    """Prints which share of the feature matches are location matches too, over two views of validation images."""
+    """Prints the share of feature matches that are nearest by location too, over two views of validation images."""
     import common
 
     val = common.open_data(args.data, "val", args.size)
@@ -379,9 +385,10 @@ def match_report(args, model, device):
             _, maps, _ = model.eval()([common.normalize(x.to(device).float() / 255) for x in batch.views])
         pos = map_positions(batch.boxes.to(device), batch.flips.to(device), maps)
         kept, nearest = closest(feature_distances(*maps), args.num_feature_matches[0])
-        agree.append(nearest == location_distances(*pos).argmin(2).gather(1, kept))  # (B, n)
+        agree.append(nearest == location_distances(*pos).argmin(2).gather(1, kept))  # (B, M)
     share = torch.cat(agree).double().mean().item()
-    print(f"{share:.1%} of the feature matches are location matches too (by chance {1 / maps[1].shape[1]:.1%})", flush=True)
+    chance = 1 / maps[1].shape[1]
+    print(f"{share:.1%} of the feature matches are the nearest location too (by chance {chance:.1%})", flush=True)
 
 
 def train(args):
@@ -433,7 +440,7 @@ def main():
         parser.add_argument("--inv-coeff", type=float, default=25.0)
         parser.add_argument("--var-coeff", type=float, default=25.0)
         parser.add_argument("--cov-coeff", type=float, default=1.0)
-        parser.add_argument("--drop-path", type=float, default=0.0)
+        parser.add_argument("--drop-path", type=float, default=0.0, help="of ConvNeXt and ViT")
         parser.add_argument("--local-lr-ratio", type=float, default=1.0, help="of the local projector (AdamW)")
         train(common.parse_args(parser, RECIPES))
 

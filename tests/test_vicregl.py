@@ -330,7 +330,10 @@ def test_multicrop_shapes_and_one_pass_per_size():
     assert [tuple(z.shape) for z in embeddings] == [(2, 8)] * 8
     assert [tuple(m.shape) for m in maps] == [(2, 49, 6)] * 2 + [(2, 9, 6)] * 6
     boxes = 50 * torch.rand(2, 8, 4) + 5
-    pos = vicregl.map_positions(boxes, torch.zeros(2, 8, dtype=torch.bool), maps)
+    flips = torch.arange(16).view(2, 8) % 3 == 0
+    pos = vicregl.map_positions(boxes, flips, maps)
+    for v, grid in enumerate([7] * 2 + [3] * 6):
+        assert torch.equal(pos[v], vicregl.positions(boxes[:, v], flips[:, v], grid).flatten(1, 2))
     loss, parts = vicregl_loss(embeddings, maps, pos, num_matches=(20, 4))
     loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("probe"))
@@ -384,7 +387,7 @@ def test_killed_and_resumed_is_bit_identical(images, tmp_path):
     command = ("vicregl.py", "--data", images, *SMALL, "--out", tmp_path)
     whole = script(*command, "--name", "whole", "--workers", 0)
     assert whole.returncode == 0, whole.stderr
-    assert "20-NN" in whole.stdout and "of the feature matches are location matches too" in whole.stdout
+    assert "20-NN" in whole.stdout and "of the feature matches are the nearest location too" in whole.stdout
     assert whole.stdout.count("note: views of 32 pixels have 16 locations, so --num-matches is 16 for them, not 20") == 1
     process = start(*command, "--name", "cut", "--workers", 1)
     wait_for_line(tmp_path / "cut", 4, process)
@@ -401,7 +404,7 @@ def test_torchrun_multicrop(images, tmp_path):
                   "--batch-size", 20, "--epochs", 1, "--out", tmp_path, "--name", "two", torchrun=2)
     assert done.returncode == 0, done.stderr
     assert "2 on cpu, 10 images each" in done.stdout and "20-NN" in done.stdout
-    assert done.stdout.count("of the feature matches are location matches too") == 1
+    assert done.stdout.count("of the feature matches are the nearest location too") == 1
     assert "--num-matches is" not in done.stdout and done.stdout.count("--num-feature-matches is 4 for them, not 20") == 1
     last = json.loads(open(tmp_path / "two" / "log.jsonl").readlines()[-1])
     assert last["step"] == 2 and all(np.isfinite(last[f"local_{k}"]) for k in ("inv", "var", "cov"))

@@ -3,13 +3,13 @@
     Legend of all files: B batch, V views, H W map height and width, N = H*W locations, D width.
 """
 import argparse
+import codecs
 import contextlib
 import datetime
 import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import resource
@@ -211,18 +211,23 @@ HEADS = ("fc.", "head.", "heads.", "classifier.2.", "projector.", "maps_projecto
 
 def read_checkpoint(path):
     """The dictionary in a checkpoint file, or in last.pt of a run folder. Raises UserError, and runs no code that the
-    file may hold: tensors, plain Python values and an argparse.Namespace (DINO keeps its flags in one) is all it reads.
+    file may hold: it reads tensors, plain values, numpy's numbers and an argparse.Namespace (DINO keeps its flags in one).
     """
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a run folder, last.pt or backbone.pt")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is no file of weights, or holds more than weights, and was not loaded "
-                        f"({str(error).split('. ')[0].splitlines()[0]})") from error
+        scalar = np._core.multiarray.scalar  # DINO's optimizer holds its learning rate as one, by this or the older name
+        number = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType, codecs.encode]
+        with torch.serialization.safe_globals([argparse.Namespace, *number]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict):
+            return state
+        reason = f"it holds a {type(state).__name__}"
+    except Exception as error:  # whatever the bytes of the file make the unpickler raise
+        reason = (str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
+    raise UserError(f"{path} is no file of weights, or holds more than weights, and was not loaded ({reason})")
 
 
 def load_backbone(checkpoint, arch=None):
@@ -235,11 +240,11 @@ def load_backbone(checkpoint, arch=None):
     loaded = isinstance(checkpoint, dict)
     name, state = ("the checkpoint", checkpoint) if loaded else (checkpoint, read_checkpoint(checkpoint))
     if isinstance(state.get("args"), dict):
-        arch = arch or state["args"]["arch"]
+        arch = arch or state["args"].get("arch")
     if arch is None:
         raise UserError(f"{name} does not name its architecture: add --arch")
     state = next((state[key] for key in ("teacher", "model", "state_dict") if key in state), state)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
     inner = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     state = inner or state
     for pattern, ours in RENAMED + [(r"^norm\.", "classifier.0.")] * (arch in CONVNEXTS):

@@ -27,9 +27,11 @@ Differences
  1. The 1% and 10% of labels are drawn here, the same share of each class; the papers use SimCLR's lists of files.
  2. Unsaid: SGD's momentum (0.9), few-shot's 15 queries a class, and its logistic regression on normalised features with
     scikit-learn's default penalty, as Tian et al. (arXiv 2003.11539) have it.
- 3. Of mmsegmentation's schedules: polynomial decay (power 0.9), batch 16, weight decay 5e-4 (SGD) or 0.01 (AdamW), flips,
-    crops of an image enlarged 1 to 2 times (not 0.5 to 2, so nothing is padded), no colour distortion. FCN: two
-    convolutions of a quarter of the features' width. Evaluation is of whole images with the short side at --size.
+ 3. Of mmsegmentation's schedules: polynomial decay (power 0.9, to 0), batch 16, weight decay 5e-4 (SGD) or 0.01 (AdamW),
+    flips, crops of an image enlarged 1 to 2 times (not 0.5 to 2, so nothing is padded), no colour distortion. FCN: two
+    convolutions of a quarter of the features' width, the input not concatenated. AdamW with VICRegL's rates, where CrIBo
+    has Adam with 8e-4, 3e-4, 1e-4, 8e-5 (`--lr`). VICRegL's ConvNeXts and ViTs are `--layers 4`. Evaluation is of whole
+    images with the short side at --size.
  4. On the CPU, networks with BatchNorm that are trained here (--finetune, FCN) use each process's own statistics.
 """
 import argparse
@@ -40,13 +42,13 @@ import json
 import math
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import nn
 
@@ -79,6 +81,8 @@ def features(backbone, data, size, device, bf16=False, workers=0, batch_size=256
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             y = backbone(to_input(batch.views[0], device))[1].float()
         whole = batch.broken < 0  # an unreadable image has no part in a result
+        for i in batch.broken[~whole].tolist():
+            print(f"warning: cannot read {data.name(i)}; it is left out", file=sys.stderr, flush=True)
         yield y[whole.to(device)], batch.labels[whole].to(device), torch.tensor([i for _, i in chunk])[whole].to(device)
 
 
@@ -198,7 +202,8 @@ class Heads(nn.Module):
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             y = self.read(self.backbone, x)
-        return [head(y.float()) for head in self.heads]
+        y = y.float()
+        return [head(y) for head in self.heads]
 
 
 def cross_entropy(logits, target):
@@ -234,6 +239,9 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
             losses = all_sum(losses.detach()) / world
             if rank == 0:
                 print(f"step {step + 1}/{total}  loss", *(f"{loss:.3f}" for loss in losses.tolist()), flush=True)
+    if dist.is_initialized():  # on the CPU each process has its own running statistics: one model for all
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     model.eval()
 
 
@@ -263,7 +271,7 @@ def few_labels(data, share):
     """Indices of the same share of each class, at least one image of each."""
     labels, rng = np.array([data.label(i) for i in range(len(data))]), np.random.default_rng(0)
     members = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(data.classes))]
-    return np.concatenate([m[:math.ceil(share * len(m))] for m in members])
+    return np.concatenate([m[:max(1, round(share * len(m)))] for m in members])
 
 
 def linear(backbone, train, val, args, device):
@@ -273,7 +281,8 @@ def linear(backbone, train, val, args, device):
     Without args.augment, the features of the training images' centres are computed once and kept.
     Rates are for a batch of 256 and scale with --batch-size.
     """
-    lrs, backbone_lr, decay, epochs, chosen = args.lr, None, 1e-6, 100, np.arange(len(train))
+    lrs, backbone_lr, decay, epochs = args.lr, None, 1e-6, 100
+    chosen = np.flatnonzero([train.label(i) >= 0 for i in range(len(train))])  # STL-10 has images without
     if args.finetune:
         backbone_lr, lr = {0.01: (0.03, 0.08), 0.1: (0.01, 0.1)}[args.labels]
         lrs, decay, epochs, chosen = [lr], 0.0, 20, few_labels(train, args.labels)
@@ -292,6 +301,7 @@ def linear(backbone, train, val, args, device):
         model = Heads(backbone, lambda backbone, x: backbone(x)[1], heads, args.finetune, args.bf16)
     else:
         y, labels = all_features(backbone.eval(), train, args.size, device, args.bf16, args.workers)
+        y, labels = y[labels >= 0], labels[labels >= 0]
         rows = ([i for _, i in batch] for batch in shuffled(len(y), total, args))
         batches = ((y[i], labels[i]) for i in rows)
         model = Heads(nn.Identity(), lambda _, y: y, heads)
@@ -367,7 +377,7 @@ class Masked:
 
     def __init__(self, images, masks, num_classes=None, shift=0):
         self.images, self.masks, self.shift = images, common.Images(masks), shift
-        with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
             largest = list(pool.map(self.check, range(len(self))))
         self.num_classes = num_classes or max(largest) + 1
         if max(largest) >= self.num_classes:
@@ -410,8 +420,9 @@ def open_masks(name, size):
         return [MaskedShapes(split, 3 * size // 2) for split in ("train", "val")]
     data = Path(os.environ.get("DATA", "data"))
     if name == "voc":
-        parts = [torchvision.datasets.VOCSegmentation(data, image_set=split, download=True) for split in ("train", "val")]
-        return [Masked(common.Images(part.images), part.masks, 21) for part in parts]
+        parts = [common.open_data("voc", split) for split in ("train", "val")]
+        names = [[part.name(i).replace("JPEGImages", "SegmentationClass") for i in range(len(part))] for part in parts]
+        return [Masked(part, [Path(n).with_suffix(".png") for n in name], 21) for part, name in zip(parts, names)]
     root = Path(name) if Path(name).is_dir() else data / name
     ade = (root / "annotations").is_dir()
     if ade:  # its own layout
@@ -485,6 +496,8 @@ def mean_iou(counts):
     counts = counts.double()
     union = counts.sum(0) + counts.sum(1) - counts.diag()
     present = counts.sum(1) > 0
+    if not present.any():
+        raise common.UserError("the validation masks hold nothing but void")
     return 100 * (counts.diag() / union)[present].mean().item()
 
 
@@ -499,12 +512,16 @@ def local_features(backbone, x, layers=1):
 
 
 def dilate(backbone):
-    """A ResNet of stride 16, not 32: its last stage is dilated, not strided. VICRegL D.2: 32 x 32 features of 512 x 512."""
+    """A ResNet of stride 16, not 32: its last stage is dilated, not strided. VICRegL D.2: 32 x 32 features of 512 x 512.
+
+    At every other location its features are those of before: only what follows the stride is dilated.
+    """
     for conv in backbone.layer4.modules():
         if isinstance(conv, nn.Conv2d):
-            conv.stride = 1, 1
-            if conv.kernel_size == (3, 3):
+            if conv.kernel_size == (3, 3) and conv.stride == (1, 1):
                 conv.dilation = conv.padding = 2, 2
+            conv.stride = 1, 1
+    backbone.stride = 16
 
 
 def fcn(width, num_classes):
@@ -584,15 +601,16 @@ def retrieve(backbone, train, val, args, device, k=50, runs=5):
 
     The memory holds every patch of the training images, each sub-sampled set of them drawn `runs` times, with the class
     that most of its pixels have (a patch of nothing but void is left out). Images keep their size, rounded down to a
-    multiple of the stride. A validation patch gets the class of most of its k nearest patches by cosine, all its pixels
-    are predicted to be of that class, and the mIoU is that of the pixels of the masks in their own size, void left out.
+    multiple of the stride. A validation patch gets the class of most of its k nearest patches by cosine. "mIoU" is that of
+    the pixels of the masks in their own size, where all pixels of a patch are predicted to be of its class; "patch mIoU"
+    that of the patches against their own majority labels.
 
     Exact. Training patches are recomputed and never kept, validation patches are held for args.chunk images at a time.
     """
     backbone.eval()
     (rank, world), num_classes = common.rank_and_world(), train.num_classes
     trials = [(factor, run) for factor in args.subsample for run in range(runs if factor > 1 else 1)]
-    counts = torch.zeros(len(trials), num_classes, num_classes, dtype=torch.int64, device=device)
+    counts = torch.zeros(len(trials), 2, num_classes, num_classes, dtype=torch.int64, device=device)
     for start in range(0, len(val), args.chunk):
         mine = range(start + rank, min(start + args.chunk, len(val)), world)
         held = list(patches(backbone, val, mine, args, device))
@@ -605,12 +623,13 @@ def retrieve(backbone, train, val, args, device, k=50, runs=5):
                       for label in [majority(mask, *grid, num_classes)])
             predicted = vote(*nearest_of_all(queries, memory, k), num_classes)[owner == rank]
             for part, (_, grid, mask) in zip(predicted.split([len(maps) for maps, _, _ in held]), held):
-                count += confusion(part[cells(mask, *grid)], mask, num_classes)  # (h w,) -> (H0, W0)
-    score = [mean_iou(count) for count in all_sum(counts)]
-    rows = {}
+                count[0] += confusion(part[cells(mask, *grid)], mask, num_classes)  # (h w,) -> (H0, W0)
+                count[1] += confusion(part, majority(mask, *grid, num_classes), num_classes)
+    score, rows = [[mean_iou(c) for c in count] for count in all_sum(counts)], {}
     for factor in args.subsample:
-        values = [value for value, (f, _) in zip(score, trials) if f == factor]
-        rows[f"1/{factor} of the images"] = {"mIoU": float(np.mean(values)), "std over runs": float(np.std(values))}
+        values = np.array([value for value, (f, _) in zip(score, trials) if f == factor])  # (runs, 2)
+        (pixels, patch), (std, _) = values.mean(0).tolist(), values.std(0).tolist()
+        rows[f"1/{factor} of the images"] = {"mIoU": pixels, "std over runs": std, "patch mIoU": patch}
     return rows
 
 
@@ -761,10 +780,10 @@ def main():
         args = parse_args()
         device = common.set_up(seed=0)
         backbone, path = load(args)
-        kept = ("finetune", "labels", "augment", "layers", "head", "size")
+        kept = ("arch", "size", "finetune", "labels", "augment", "layers", "head", "steps", "epochs", "batch_size")
         setting = ", ".join(f"{key} {vars(args)[key]}" for key in kept if vars(args).get(key) is not None)
         rows = args.run(backbone.to(device), *open_parts(args), args, device)
-        report(f"{args.protocol} on {args.data}, % ({setting})", rows, path)
+        report(f"{args.protocol} of {args.checkpoint} on {args.data}, % ({setting})", rows, path)
 
 
 if __name__ == "__main__":

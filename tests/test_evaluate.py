@@ -312,7 +312,8 @@ def test_finetuning_and_heads(tmp_path, bands):
     assert len(evaluate.few_labels(data[0], 0.25)) == 9 and len(evaluate.few_labels(data[0], 0.01)) == 3
     backbone = common.build_backbone("tiny_convnet")
     before = backbone[0].weight.clone()
-    found = evaluate.linear(backbone, *data, SimpleNamespace(**{**ARGS, "finetune": True, "labels": 0.1}), CPU)
+    args = SimpleNamespace(**{**ARGS, "finetune": True, "labels": 0.1, "batch_size": 3})
+    found = evaluate.linear(backbone, *data, args, CPU)
     assert found["lr 0.1"]["top-1"] >= 0 and not torch.equal(before, backbone[0].weight)
     masks = evaluate.open_masks(bands, 32)
     for arch, flags in (("tiny_vit", dict(layers=4)), ("tiny_convnet", dict(layers=4, head="fcn", finetune=True)),

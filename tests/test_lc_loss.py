@@ -295,7 +295,7 @@ def test_killed_and_resumed_is_bit_identical(images, tmp_path):
     assert a[0]["momentum"] < a[-1]["momentum"] <= 1
 
 
-@pytest.mark.parametrize("flags", [("--alpha", 0), ("--local-loss", "mse")])
+@pytest.mark.parametrize("flags", [pytest.param(("--alpha", 0), marks=pytest.mark.slow), ("--local-loss", "mse")])
 def test_ablations_under_torchrun(images, tmp_path, flags):
     done = script("lc_loss.py", "--data", images, *SMALL, "--epochs", 1, *flags, "--out", tmp_path, torchrun=2)
     assert done.returncode == 0 and "20-NN" in done.stdout, done.stderr

@@ -209,7 +209,7 @@ def wait_for_line(folder, step, process, seconds=120):
     raise AssertionError(f"no line {step} in {folder} after {seconds} s")
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bit_identical(images, tmp_path, processes):
     command = ("vicreg.py", "--data", images, *SMALL, "--out", tmp_path)
     whole = script(*command, "--name", "whole", "--workers", 0, torchrun=processes)

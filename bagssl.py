@@ -71,6 +71,11 @@ def sample_patches(rng, height, width, area, patches, size):
     return [(random_box(rng, height, width, area, ratio), rng.random() < 0.5, size) for _ in range(patches)]
 
 
+def image_side(patch, scale):
+    """The side of a square image of which a square of `patch` pixels is the share `scale` of the area."""
+    return round(patch / math.sqrt(scale))
+
+
 def patch_grid(pixels, patch, count):
     """A dense grid of `count` (1, 4, 9, ...) square patches in a square image, from border to border; one: in the centre.
 
@@ -175,13 +180,12 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
 
 
 def total_coding_rate(z, eps=0.2):
-    """1/2 logdet(I + D / (n eps) z^T z) of l2-normalised embeddings z (n/G, D) over the global batch -> scalar.
+    """1/2 logdet(I + D / (n eps) z^T z) over the global batch, for embeddings z (n/G, D) of unit length -> scalar.
 
     The volume that they span, in nats. z^T z (D x D) and z z^T (n x n) have the same eigenvalues but for zeros, so the
     determinant is that of the smaller one. Differentiable once.
     """
-    z, d = F.normalize(z, dim=1), z.shape[1]
-    n = len(z) * (dist.get_world_size() if dist.is_initialized() else 1)
+    d, n = z.shape[1], len(z) * (dist.get_world_size() if dist.is_initialized() else 1)
     if n < d:
         s = z @ all_rows(z).T  # (n/G, D) (D, n) -> (n/G, n): this process's rows of z z^T
         product = gather(2 * s - s.detach())  # (n, n), symmetric: through its rows flows half of the gradient
@@ -224,10 +228,11 @@ def pair_loss(z_a, z_b, objective, *coefficients):
     """
     if objective == "vicreg":
         return vicreg_loss(z_a, z_b, *coefficients)
-    sim = F.cosine_similarity(z_a, z_b, dim=1).mean()
+    unit_a, unit_b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
+    sim = (unit_a * unit_b).sum(1).mean()
     if objective == "tcr":
         lam, eps = coefficients
-        tcr = (total_coding_rate(z_a, eps) + total_coding_rate(z_b, eps)) / 2
+        tcr = (total_coding_rate(unit_a, eps) + total_coding_rate(unit_b, eps)) / 2
         return -(lam * sim + tcr), {"sim": sim, "tcr": tcr}
     loss = {"simclr": nt_xent, "spectral": spectral_loss}[objective]
     return loss(z_a, z_b, *coefficients), {"sim": sim}
@@ -270,11 +275,6 @@ def image_embedding(embed, x, patch, count):
     """
     boxes = patch_grid(x.shape[2], patch, count)
     return bag_embedding(torch.stack([embed(x[:, :, top:top + h, left:left + w]) for top, left, h, w in boxes], 1))
-
-
-def image_side(patch, scale):
-    """The side of a square image of which a square of `patch` pixels is the share `scale` of the area."""
-    return round(patch / math.sqrt(scale))
 
 
 def local_aggregation(maps):

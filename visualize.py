@@ -44,9 +44,9 @@ FONT, SMALL = ImageFont.load_default(13), ImageFont.load_default(11)
 RED, BLUE, GREEN, BLACK, GRAY = (214, 40, 40), (40, 90, 220), (30, 150, 60), (0, 0, 0), (150, 150, 150)
 
 
-def hues(n):
+def hues(n, lightness=48):
     """n different colours, from red over green to violet."""
-    return [ImageColor.getrgb(f"hsl({290 * i / max(n - 1, 1):.1f}, 90%, 48%)") for i in range(n)]
+    return [ImageColor.getrgb(f"hsl({290 * i / max(n - 1, 1):.1f}, 90%, {lightness}%)") for i in range(n)]
 
 
 def panel(image, side=PANEL):
@@ -262,6 +262,12 @@ def rank_key(n):
 # --- correspond ----------------------------------------------------------------------------------------------------
 
 
+def thinned(numbers, n=5):
+    """At most n of them, evenly spread."""
+    step = math.ceil(len(numbers) / n) or 1
+    return numbers[(len(numbers) - 1) % step // 2::step]
+
+
 def correspond(args, data, backbone):
     """LC-loss, Figs. 4-5: where points of an image lie in a transformed version, and where the features say they lie.
 
@@ -285,10 +291,8 @@ def correspond(args, data, backbone):
             found = (maps[0] @ maps[1].T).argmax(1)  # (N, D) (D, N) -> (N, N) -> (N,)
             cell = (truth * grid).long().clamp(0, grid - 1)  # (N, 2)
             right = (cell[:, 0] * grid + cell[:, 1] == found)[valid.flatten()]
-            sparse = torch.zeros(grid, grid, dtype=torch.bool)  # lines from all locations would hide one another
-            step = math.ceil(grid / 5)
-            sparse[step // 2::step, step // 2::step] = True
-            shown = (valid[0] & sparse).flatten().nonzero().flatten()  # (n,)
+            rows, columns_ = (thinned(valid[0].any(axis).nonzero().flatten()) for axis in (1, 0))
+            shown = (rows[:, None] * grid + columns_).flatten()  # (n,): lines from all locations would hide one another
             a, b = (panel(view) for view in uncoloured(x))
             title = f"{name}: truth", f"{name}: features; {right.sum()} of all {len(right)} points right"
             for string, target in zip(title, (truth[shown], cell_centres(found[shown], grid))):
@@ -468,7 +472,8 @@ def views(args, data):
                     marks.dot(point, hues(args.grid ** 2)[n], 8)
                 picture = marks.drawn()
                 for (y, x), n in zip(points.tolist(), number.tolist()):
-                    ImageDraw.Draw(picture).text((x, y), str(n + 1), "white", SMALL, anchor="mm")
+                    dark = sum(picture.getpixel((x, y))) < 400
+                    ImageDraw.Draw(picture).text((x, y), str(n + 1), "white" if dark else BLACK, SMALL, anchor="mm")
                 sides.append(picture)
             string = f"view {i + 1} of {args.method}: {len(view[0])} pixels{', mirrored' * flip}"
             pairs.append(titled(string, beside(*sides)))
@@ -523,7 +528,7 @@ def plot(metric, runs, log):
     points = [point for curve, _ in curves for point in curve]
     if not points:
         return None
-    (x0, x1), (y0, y1) = limits([x for x, _ in points], False), limits([y for _, y in points], log)
+    (x0, x1), (y0, y1) = (0, max(x for x, _ in points)), limits([y for _, y in points], log)
     labels = [(y, f"{y:.4g}") for y in ticks(y0, y1, log)]
     left, bottom, top = 8 + max(FONT.getlength(label) for _, label in labels), PLOT[1] - 2 * LINE - 4, LINE + 4
 
@@ -544,8 +549,8 @@ def plot(metric, runs, log):
     for curve, colour in curves:
         if len(curve) > 1:
             marks.line([at(*point) for point in curve], colour)
-        for point in curve if len(curve) < 20 else []:
-            marks.dot(at(*point), colour, 2.5, colour)
+        for point in curve[:1] + curve[-1:]:  # seen even where it is the only one
+            marks.dot(at(*point), colour, 2, colour)
     words += [((left + PLOT[0] - 8) / 2, LINE / 2, metric.replace("_per_", "/"), "mm"),
               ((left + PLOT[0] - 8) / 2, PLOT[1] - LINE / 2, "epoch", "mm")]
     picture = marks.drawn()
@@ -556,8 +561,9 @@ def plot(metric, runs, log):
 
 def curves(args):
     """All metrics of one or several log.jsonl over epochs, a panel each, and a legend."""
-    runs = [(read_log(path), colour) for path, colour in zip(args.logs, hues(len(args.logs)))]
-    metrics = dict.fromkeys(key for lines, _ in runs for key in lines[-1] if key not in BOOKKEEPING)
+    runs = [(read_log(path), colour) for path, colour in zip(args.logs, hues(len(args.logs), 40))]
+    keys = sorted((list(lines[-1]) for lines, _ in runs), key=len, reverse=True)  # the longest order first
+    metrics = dict.fromkeys(key for key in itertools.chain(*keys) if key not in BOOKKEEPING)
     panels = [p for metric in metrics if (p := plot(metric, runs, args.log))]
     rows = [beside(*panels[i:i + 3]) for i in range(0, len(panels), 3)]
     legend = []

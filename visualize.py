@@ -2,6 +2,7 @@
 
     python visualize.py matches runs/vicregl-shapes                        # VICRegL, Figs. 4-5: the best local matches
     python visualize.py correspond runs/lc_loss-shapes --index 0 5         # LC-loss, Figs. 4-5: truth beside prediction
+    python visualize.py objects runs/cribo-shapes --bank 500               # CrIBo, Figs. 3-4: objects and their neighbours
     python visualize.py heatmap runs/bagssl-shapes --query 0.3 0.6         # BagSSL, Fig. 6: similarity to a patch
     python visualize.py neighbors resnet50.pth --arch resnet50 --data imagenet     # BagSSL, Figs. 7-8: nearest patches
     python visualize.py views --method vicregl --views multicrop           # what an augmentation does, and where
@@ -27,9 +28,11 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as tvf
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.utils import make_grid
+from torchvision.utils import draw_segmentation_masks, make_grid
 
+import bagssl
 import common
+import cribo
 import evaluate
 import lc_loss
 import vicreg
@@ -160,6 +163,11 @@ def chosen(args, data):
     """Yields the images of --index, and for each a generator of random numbers."""
     for index in args.index:
         yield load_image(args, data, index), random.Random(f"{args.seed} {index}")
+
+
+def spread(data, count):
+    """The indices of `count` images, or of all, spread evenly over the data, whatever its order."""
+    return np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int).tolist()
 
 
 def cut_all(image, views):
@@ -302,41 +310,110 @@ def correspond(args, data, backbone):
     return below(*figures, gap=2 * GAP)
 
 
+# --- objects -------------------------------------------------------------------------------------------------------
+
+
+def object_batch(args, data, indices, backbone):
+    """The objects of images as CrIBo finds them -> views (n, 2, 3, size, size) uint8, assignment (n, 2, N, K), objects of
+    both views c_1, c_2 (M, D), and the place of each in n x K, (M, 2)."""
+    views, boxes, flips = [], [], []
+    for index in indices:
+        image = load_image(args, data, index)
+        sampled = cribo.sample_views(random.Random(f"{args.seed} {index}"), image.height, image.width, args.size)
+        for kept, one in zip((views, boxes, flips), cut_all(image, sampled)):
+            kept.append(torch.stack(one) if isinstance(one, list) else one)
+    views = torch.stack(views)
+    maps_1, maps_2 = (torch.cat([local_maps(backbone, x) for x in views[:, v].split(64)]) for v in (0, 1))  # (n, N, D)
+    positions = cribo.joint_positions(torch.stack(boxes), torch.stack(flips), math.isqrt(maps_1.shape[1]))
+    assignment = cribo.joint_space_clustering(torch.cat([maps_1, maps_2], 1), positions, args.num_objects, args.pos_weight)
+    c_1, c_2, valid = cribo.object_representations(maps_1, maps_2, assignment)
+    return views, assignment.unflatten(1, (2, -1)), c_1, c_2, valid.nonzero()
+
+
+def object_mask(assigned, size):
+    """Columns of an assignment (N, k) -> (k, size, size) bool: where the view shows these objects."""
+    grid = math.isqrt(len(assigned))
+    masks = (assigned > 0).T.unflatten(1, (grid, grid))[None].float()  # (N, k) -> (1, k, h, w)
+    return F.interpolate(masks, (size, size))[0].bool()
+
+
+def lone_object(view, assigned, side):
+    """A view (3, H0, W0) in which all but one object (N,) is faded, as a square picture."""
+    faded = view * 0.2 + 255 * 0.8
+    return panel(torch.where(object_mask(assigned[:, None], view.shape[1]), view, faded).byte(), side)
+
+
+def objects(args, data, backbone, batch=32):
+    """CrIBo, Figs. 3-4: the clusters of both views of an image; and the nearest object in a bank for each of the first view.
+
+    Green frames where the cycle of Eq. (4) holds, red where it does not. The way back is sought among the objects of `batch`
+    images, as in training; the bank holds those of --bank other images. Without colour augmentation.
+    """
+    others = [i for i in spread(data, args.bank + batch) if i not in args.index]
+    random.Random(args.seed).shuffle(others)  # the data may be sorted by class
+    queries, others = [*args.index, *others[:batch - len(args.index)]], others[max(0, batch - len(args.index)):]
+    if not others:
+        raise common.UserError(f"{args.data} has {len(data)} images: more than {batch} are needed, to fill the bank too")
+    parts = [object_batch(args, data, others[i:i + batch], backbone) for i in range(0, len(others), batch)]
+    kept, kept_assignment, b_1, b_2, _ = (torch.cat(part) for part in zip(*parts))
+    kept_places = torch.cat([part[4] + torch.tensor([i * batch, 0]) for i, part in enumerate(parts)])
+    bank = cribo.MemoryBank(len(b_1), b_1.shape[1])
+    bank.push(b_1, b_2)
+    views, assignment, c_1, c_2, places = object_batch(args, data, queries, backbone)
+    nearest, _, closed, _ = cribo.cycle_consistent_matches(c_1, c_2, bank)
+    figures, colours, side = [], hues(args.num_objects), (PANEL - GAP) // 2
+    for i in range(len(args.index)):
+        mine, pairs, panels = (places[:, 0] == i).nonzero().flatten().tolist(), [], []
+        in_both = places[mine, 1].tolist()
+        for v in (0, 1):
+            view = tvf.pil_to_tensor(panel(views[i, v]))
+            masks = object_mask(assignment[i, v][:, in_both], PANEL)
+            painted = draw_segmentation_masks(view, masks, 0.7, [colours[k] for k in in_both])
+            panels += [titled(f"view {v + 1}", panel(view)),
+                       titled(f"its objects; {len(in_both)} are in both views", panel(painted))]
+        for m, k in zip(mine, in_both):
+            image, found = kept_places[nearest[m]].tolist()
+            tiles = (lone_object(views[i, 0], assignment[i, 0][:, k], side),
+                     lone_object(kept[image, 0], kept_assignment[image, 0][:, found], side))
+            pair = Marks(framed(ImageOps.expand(beside(*tiles), 4, "white"), GREEN if closed[m] else RED, 3))
+            pair.dot((12, 12), colours[k], 5)
+            pairs.append(pair.drawn())
+        share = f"{sum(closed[mine].tolist())} of {len(mine)}"
+        rows = [beside(*pairs[j:j + 4]) for j in range(0, len(pairs), 4)]
+        figures.append(below(beside(*panels), titled(
+            f"each object of view 1, and the nearest of {len(b_1)} in the bank; green: the cycle holds ({share})",
+            below(*rows)) if rows else text("no object is in both views", 4 * PANEL)))
+    return below(*figures, gap=2 * GAP)
+
+
 # --- heatmap and neighbors -----------------------------------------------------------------------------------------
 
 
-def windows(box, side, n):
-    """n x n boxes of `side` pixels, row by row, spread evenly over a square box, from border to border."""
-    steps = [i * (box[2] - side) / (n - 1) for i in range(n)]
-    return [(box[0] + y, box[1] + x, side, side) for y in steps for x in steps]
-
-
 def square_and_query(args, image):
-    """The image's central square, as evaluate.py takes it, and the patch of --scale of its area around --query."""
-    (square, _, _), = evaluate.center_view(None, image.height, image.width, args.size)
-    side = square[2] * math.sqrt(args.scale)
-    corner = [start + min(max(q * square[2] - side / 2, 0), square[2] - side) for start, q in zip(square, args.query)]
-    return square, (*corner, side, side)
+    """The image's central square (3, R, R) uint8, as large as makes a patch of --scale of its area --size pixels wide;
+    and the patch around --query, (top, left, height, width) in its pixels."""
+    pixels = bagssl.image_side(args.size, args.scale)
+    (box, _, _), = evaluate.center_view(None, image.height, image.width, pixels)
+    corner = [min(max(round(q * pixels - args.size / 2), 0), pixels - args.size) for q in args.query]
+    return common.cut(image, box, False, pixels), (*corner, args.size, args.size)
 
 
-def spaces(args, image, boxes, backbone, projector):
+def cut_patches(square, boxes):
+    return torch.stack([square[:, top:top + h, left:left + w] for top, left, h, w in boxes])  # (P, 3, h, w)
+
+
+def spaces(args, patches, backbone, projector):
     """Normalised embeddings of patches before and after the projector -> {"projection": (P, D'), "embedding": (P, D)}."""
-    y = []
-    for start in range(0, len(boxes), 64):
-        x = torch.stack([common.cut(image, box, False, args.size) for box in boxes[start:start + 64]])
-        y.append(backbone(evaluate.to_input(x, args.device))[1])
-    y = torch.cat(y)
+    y = torch.cat([backbone(evaluate.to_input(x, args.device))[1] for x in patches.split(64)])
     both = {"projection": projector(y)} if projector else {}
     return {name: F.normalize(z, dim=1).cpu() for name, z in (both | {"embedding": y}).items()}
 
 
-def queried(image, square, query):
+def queried(args, square, query):
     """The central square as a panel, the query patch in red dashes."""
-    top, left, side, _ = square
-    scale = PANEL / side
-    marks = Marks(image.resize((PANEL, PANEL), Image.BICUBIC, box=(left, top, left + side, top + side)))
-    marks.box(((query[0] - top) * scale, (query[1] - left) * scale, query[2] * scale, query[3] * scale), RED, dashes=5)
-    return marks.drawn()
+    marks = Marks(panel(square))
+    marks.box([PANEL / square.shape[1] * side for side in query], RED, dashes=5)
+    return titled(f"query: a patch of {args.scale:g} of the area", marks.drawn())
 
 
 def load_projector(args):
@@ -352,15 +429,16 @@ def heatmap(args, data, backbone, steps=17):
     projector, figures = load_projector(args), []
     for image, _ in chosen(args, data):
         square, query = square_and_query(args, image)
-        columns = [titled(f"query: a patch of {args.scale:g} of the area", queried(image, square, query))]
-        gray = columns[0].crop((0, columns[0].height - PANEL, PANEL, columns[0].height)).convert("L").convert("RGB")
-        for name, z in spaces(args, image, [query, *windows(square, query[2], steps)], backbone, projector).items():
+        columns, gray = [queried(args, square, query)], panel(square).convert("L").convert("RGB")
+        boxes = [query, *bagssl.patch_grid(square.shape[1], args.size, steps ** 2)]
+        side = PANEL * args.size / square.shape[1]
+        cell = (PANEL - side) / (steps - 1)  # pixels from one centre to the next
+        start, extent = round((side - cell) / 2), round(steps * cell)
+        for name, z in spaces(args, cut_patches(square, boxes), backbone, projector).items():
             similarity = (z[1:] @ z[0]).view(steps, steps)  # (P, D) (D,) -> (P,)
-            low, high = similarity.min(), similarity.max()
+            low, high = similarity.aminmax()
             levels = ((similarity - low) / (high - low).clamp(min=1e-6) * 255).byte()
-            side = PANEL * query[2] / square[2]
-            cell = (PANEL - side) / (steps - 1)  # pixels from one centre to the next
-            heat, start, extent = gray.copy(), round((side - cell) / 2), round(steps * cell)
+            heat = gray.copy()
             heat.paste(warm(Image.fromarray(levels.numpy())).resize((extent, extent), Image.BICUBIC), (start, start))
             columns.append(titled(f"{name}: cosine", below(warm_key(low, high), Image.blend(gray, heat, 0.8), gap=4)))
         figures.append(beside(*columns))
@@ -380,11 +458,6 @@ def warm_key(low, high):
     return key
 
 
-def spread(args, data):
-    """The indices of --bank images, spread evenly over the data, whatever its order."""
-    return np.linspace(0, len(data) - 1, min(args.bank, len(data))).round().astype(int).tolist()
-
-
 def neighbors(args, data, backbone, nrow=8, rows=5):
     """BagSSL, Figs. 7-8: the patches nearest to one of them, by cosine, in both spaces; among 16 patches of each bank image.
 
@@ -392,21 +465,20 @@ def neighbors(args, data, backbone, nrow=8, rows=5):
     patches of the same image, and none at all where the data has no labels.
     """
     projector, bank, owners, tiles = load_projector(args), [], [], []
-    for index in dict.fromkeys([*args.index, *spread(args, data)]):
-        image = load_image(args, data, index)
-        square, query = square_and_query(args, image)
-        boxes = windows(square, query[2], 4)
-        bank.append(spaces(args, image, boxes, backbone, projector))
-        owners += [index] * len(boxes)
-        tiles += [panel(common.cut(image, box, False, args.size), 46) for box in boxes]
+    for index in dict.fromkeys([*args.index, *spread(data, args.bank)]):
+        square, _ = square_and_query(args, load_image(args, data, index))
+        patches = cut_patches(square, bagssl.patch_grid(square.shape[1], args.size, 16))
+        bank.append(spaces(args, patches, backbone, projector))
+        owners += [index] * len(patches)
+        tiles += [panel(patch, 46) for patch in patches]
     bank = {name: torch.cat([z[name] for z in bank]) for name in bank[0]}  # (P, D) each
     figures = []
     for index, (image, _) in zip(args.index, chosen(args, data)):
         square, query = square_and_query(args, image)
-        columns = [titled(f"query: a patch of {args.scale:g} of the area", queried(image, square, query))]
-        first = Marks(panel(common.cut(image, query, False, args.size), 46))
+        columns, patch = [queried(args, square, query)], cut_patches(square, [query])
+        first = Marks(panel(patch[0], 46))
         first.box((0, 0, 46, 46), RED, 3, dashes=4)
-        for name, z in spaces(args, image, [query], backbone, projector).items():
+        for name, z in spaces(args, patch, backbone, projector).items():
             nearest = (bank[name] @ z[0]).topk(min(nrow * rows - 1, len(owners))).indices.tolist()  # (P, D) (D,) -> (P,)
             shown = [first.drawn()]
             for i in nearest:
@@ -431,7 +503,11 @@ def augmentation(args):
         kinds = vicregl.VIEWS[args.views or "two"]
         return functools.partial(vicregl.sample_views, kinds=kinds, size=args.size), [
             dict(jitter=vicregl.JITTER, blur_p=0.5, solarize_p=0.1)]
-    return functools.partial(lc_loss.sample_views, size=args.size), lc_loss.COLOURS
+    if args.method == "bagssl":
+        area = bagssl.parse_scale(args.views or "0.2")
+        return functools.partial(bagssl.sample_patches, area=area, patches=2, size=args.size), bagssl.COLOURS
+    module = {"lc_loss": lc_loss, "cribo": cribo}[args.method]
+    return functools.partial(module.sample_views, size=args.size), module.COLOURS
 
 
 def places(args, box, flip, size):
@@ -445,7 +521,23 @@ def places(args, box, flip, size):
     if args.method == "lc_loss":
         points, valid = (t[0].flatten(0, 1) for t in lc_loss.correspondences(box[None], flip[None], size[None], args.grid))
         return centres[valid] * size, (points.flip(1)[valid] + 1) / 2, number[valid]
-    return vicregl.positions(box[None], flip[None], args.grid)[0].flatten(0, 1), centres, number
+    positions = cribo.positions if args.method == "cribo" else vicregl.positions  # the others use none
+    return positions(box[None], flip[None], args.grid)[0].flatten(0, 1), centres, number
+
+
+def numbered(picture, points, number, grid, boxes=(), radius=8):
+    """A picture in a white margin, with dots at points (n, 2), that show their numbers (n,) in a grid, and red boxes."""
+    margin = radius + 1
+    marks, dots = Marks(ImageOps.expand(picture, margin, "white")), list(zip((points + margin).tolist(), number.tolist()))
+    for top, left, height, width in boxes:
+        marks.box((top + margin, left + margin, height, width), RED)
+    for point, n in dots:
+        marks.dot(point, hues(grid ** 2)[n], radius)
+    picture = marks.drawn()
+    for (y, x), n in dots:
+        dark = np.dot(hues(grid ** 2)[n], (0.3, 0.6, 0.1)) < 130
+        ImageDraw.Draw(picture).text((x, y), str(n + 1), "white" if dark else BLACK, SMALL, anchor="mm")
+    return picture
 
 
 def views(args, data):
@@ -463,20 +555,10 @@ def views(args, data):
             view = uncoloured(colours[i % len(colours)](view[None], generator))[0]
             at_source, at_view, number = places(args, box, flip, torch.tensor(image.size[::-1]))
             source, scale = fitted(image)
-            sides = []
-            for picture, points in (source, at_source * scale), (panel(view), at_view * PANEL):
-                marks = Marks(picture)
-                if picture is source:
-                    marks.box((box * scale).tolist(), RED)
-                for point, n in zip(points.tolist(), number.tolist()):
-                    marks.dot(point, hues(args.grid ** 2)[n], 8)
-                picture = marks.drawn()
-                for (y, x), n in zip(points.tolist(), number.tolist()):
-                    dark = sum(picture.getpixel((x, y))) < 400
-                    ImageDraw.Draw(picture).text((x, y), str(n + 1), "white" if dark else BLACK, SMALL, anchor="mm")
-                sides.append(picture)
+            crop = [(box * scale).tolist()]
             string = f"view {i + 1} of {args.method}: {len(view[0])} pixels{', mirrored' * flip}"
-            pairs.append(titled(string, beside(*sides)))
+            pairs.append(titled(string, beside(numbered(source, at_source * scale, number, args.grid, crop),
+                                               numbered(panel(view), at_view * PANEL, number, args.grid))))
         figures += [beside(*pairs[i:i + 2]) for i in range(0, len(pairs), 2)]
     return below(*figures, gap=2 * GAP)
 
@@ -520,15 +602,15 @@ def limits(values, log):
     return low - margin, high + margin
 
 
-def plot(metric, runs, log):
-    """A panel of a metric over epochs. runs: [(lines of a log, colour), ...]."""
+def plot(metric, runs, epochs, log):
+    """A panel of a metric over epochs. runs: [(lines of a log, colour), ...]; epochs: the axis ends there."""
     scale = math.log10 if log else float
     curves = [([(line["epoch"], line[metric]) for line in lines if metric in line and (not log or line[metric] > 0)], colour)
               for lines, colour in runs]
     points = [point for curve, _ in curves for point in curve]
-    if not points:
+    if not points:  # on a logarithmic axis, of a metric that is never positive
         return None
-    (x0, x1), (y0, y1) = (0, max(x for x, _ in points)), limits([y for _, y in points], log)
+    (x0, x1), (y0, y1) = (0, epochs), limits([y for _, y in points], log)
     labels = [(y, f"{y:.4g}") for y in ticks(y0, y1, log)]
     left, bottom, top = 8 + max(FONT.getlength(label) for _, label in labels), PLOT[1] - 2 * LINE - 4, LINE + 4
 
@@ -562,9 +644,10 @@ def plot(metric, runs, log):
 def curves(args):
     """All metrics of one or several log.jsonl over epochs, a panel each, and a legend."""
     runs = [(read_log(path), colour) for path, colour in zip(args.logs, hues(len(args.logs), 40))]
+    epochs = max(lines[-1]["epoch"] for lines, _ in runs)
     keys = sorted((list(lines[-1]) for lines, _ in runs), key=len, reverse=True)  # the longest order first
     metrics = dict.fromkeys(key for key in itertools.chain(*keys) if key not in BOOKKEEPING)
-    panels = [p for metric in metrics if (p := plot(metric, runs, args.log))]
+    panels = [p for metric in metrics if (p := plot(metric, runs, epochs, args.log))]
     rows = [beside(*panels[i:i + 3]) for i in range(0, len(panels), 3)]
     legend = []
     for path, (_, colour) in zip(args.logs, runs):
@@ -597,14 +680,18 @@ def parse_args():
 
     command(matches, images, model)("--num-matches", type=int, default=10)
     command(correspond, images, model)
+    flag = command(objects, images, model)
+    flag("--num-objects", type=int, default=8, help="K, clusters an image")
+    flag("--pos-weight", type=float, default=1.0, help="lambda_pos, weight of the distance in clustering")
+    flag("--bank", type=int, default=128, help="images among whose objects neighbours are sought")
     for run, scale in (heatmap, 0.1), (neighbors, 0.2):
         flag = command(run, images, model)
         flag("--query", type=float, nargs=2, default=[0.5, 0.5], metavar=("Y", "X"), help="the patch's centre, from 0 to 1")
         flag("--scale", type=float, default=scale, help="a patch's share of the area")
     flag("--bank", type=int, default=256, help="images among whose patches neighbours are sought")
     flag = command(views, images)
-    flag("--method", default="vicregl", choices=["vicreg", "vicregl", "lc_loss"])
-    flag("--views", help="as that method's flag")
+    flag("--method", default="vicregl", choices=["vicreg", "vicregl", "lc_loss", "cribo", "bagssl"])
+    flag("--views", help="that method's --views; --patch-scale of bagssl")
     flag("--grid", type=int, default=4, help="points a side; 0: none")
     flag = command(curves)
     flag("logs", nargs="+", metavar="RUN", help="run folders or log.jsonl files")

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as tvf
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
-from torch import nn
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 import bagssl
@@ -197,18 +196,9 @@ def local_maps(backbone, x, local=None):
     return (local(maps.flatten(0, 1)).unflatten(0, maps.shape[:2]) if local else maps).cpu()  # (B, N, D)
 
 
-def head(args, name):
-    """The head `name` of a last.pt or a release, of linear layers, normalisation and ReLU; or None."""
-    state = {} if args.checkpoint == "random" else common.read_checkpoint(args.checkpoint)
-    state = {key.removeprefix("module."): value for key, value in state.get("model", state).items()}
-    state = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-    if not state:
-        return None
-    matrices = [value for value in state.values() if value.ndim == 2]
-    norm = nn.BatchNorm1d if any(key.endswith("running_mean") for key in state) else nn.LayerNorm
-    projector = vicregl.mlp(matrices[0].shape[1], *(len(matrix) for matrix in matrices), norm=norm)
-    projector.load_state_dict(state)
-    return projector.eval().to(args.device)
+def load_projector(args, name="projector"):
+    projector = evaluate.load_projector(args.checkpoint, name)
+    return projector and projector.to(args.device)
 
 
 def cell_centres(indices, grid):
@@ -224,7 +214,7 @@ def matches(args, data, backbone):
 
     Features are those that its loss matches, the local projector's, or the backbone's in a checkpoint that has none.
     """
-    local = head(args, "local_projector")
+    local = load_projector(args, "local_projector")
     for image, rng in chosen(args, data):
         views, boxes, flips = cut_all(image, vicregl.sample_views(rng, *image.size[::-1], vicregl.VIEWS["two"], args.size))
         map_a, map_b = local_maps(backbone, evaluate.to_input(torch.stack(views), args.device), local)[:, None]  # (1, N, D)
@@ -380,7 +370,7 @@ def square_and_query(args, image):
     """The central square of an image (3, R, R) uint8, as large as makes a patch of --scale of its area --size pixels wide,
     and the patch around --query, (top, left, height, width) in its pixels."""
     pixels = bagssl.image_side(args.size, args.scale)
-    (box, _, _), = evaluate.center_view(None, image.height, image.width, pixels)
+    (box, _, _), = evaluate.whole_view(None, image.height, image.width, pixels)
     corner = [min(max(round(q * pixels - args.size / 2), 0), pixels - args.size) for q in args.query]
     return common.cut(image, box, False, pixels), (*corner, args.size, args.size)
 
@@ -413,7 +403,7 @@ def heatmap(args, data, backbone, steps=17):
 
     A patch's similarity is drawn at its centre; no centre lies nearer to the border than half a patch.
     """
-    projector = head(args, "projector")
+    projector = load_projector(args)
     for image, _ in chosen(args, data):
         square, query = square_and_query(args, image)
         boxes, gray = [query, *bagssl.patch_grid(square.shape[1], args.size, steps ** 2)], panel(square).convert("L")
@@ -441,7 +431,7 @@ def neighbors(args, data, backbone, nrow=8, rows=5):
     Frames: green around patches of other images of the same class, red around those of another class; none around
     patches of the same image, and none at all where the data has no labels.
     """
-    projector, bank, owners, tiles = head(args, "projector"), [], [], []
+    projector, bank, owners, tiles = load_projector(args), [], [], []
     for index in dict.fromkeys([*args.index, *spread(data, args.bank)]):
         square, _ = square_and_query(args, load_image(args, data, index))
         patches = cut_patches(square, bagssl.patch_grid(square.shape[1], args.size, 16))
@@ -670,7 +660,8 @@ def main():
         args = parse_args()
         if args.out.suffix != ".png":
             raise common.UserError(f"--out {args.out} must end in .png")
-        for name, low, high in ("scale", 0.001, 0.99), ("num_matches", 1, 10_000), ("num_objects", 1, 10_000), ("bank", 1, 1e9):
+        for name, low, high in (("scale", 0.001, 0.99), ("num_matches", 1, math.inf), ("num_objects", 1, math.inf),
+                                ("bank", 1, math.inf), ("grid", 0, 10)):
             if not low <= vars(args).get(name, low) <= high:
                 raise common.UserError(f"--{name.replace('_', '-')} {vars(args)[name]}: it must lie in {low:g} to {high:g}")
         picture = ImageOps.expand(below(*draw(args)), GAP, WHITE)

@@ -724,7 +724,7 @@ def correspond(backbone, data, args, device, num_matches=20, batch_size=64):
 
 
 def load_projector(checkpoint, name="projector"):
-    """The projector `name` in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None where there is none."""
+    """A projector in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None where there is none."""
     state = {} if checkpoint == "random" else common.read_checkpoint(checkpoint).get("model", {})
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

@@ -241,7 +241,7 @@ def matches(args, data, backbone):
         views = [framed(panel(view), colour) for view, colour in zip(views, (RED, BLUE))]
         columns = [joined(*views, torch.stack([cell_centres(i, grid) for i in pair], 1), colours) for pair in pairs]
         yield beside(below(source.drawn(), key.drawn()), *columns, titles=[
-            "the image", f"by feature; {agree} of {len(kept)} are also the nearest in place", "by place"])
+            "the image", f"by feature: {agree} of {len(kept)} also by place", "by place"])
 
 
 # --- correspond ----------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def correspond(args, data, backbone):
     for image, rng in chosen(args, data):
         whole, crop = lc_loss.sample_views(rng, image.height, image.width, args.size)
         generator, columns, titles = torch.Generator().manual_seed(rng.getrandbits(63)), [], []
-        versions = ("crop", crop, crop_colours), ("mirror image", (whole[0], True, args.size), flip_colours)
+        versions = ("crop", crop, crop_colours), ("mirrored", (whole[0], True, args.size), flip_colours)
         for name, version, colours in versions:
             views, boxes, flips = cut_all(image, [whole, version])
             x, views = zip(*(recoloured(view, colour, generator) for view, colour in zip(views, colours)))
@@ -277,7 +277,7 @@ def correspond(args, data, backbone):
             right = (y * grid + x == found)[valid.flatten()]
             rows, cols = (thinned(valid[0].any(axis).nonzero().flatten()) for axis in (1, 0))
             shown = (rows[:, None] * grid + cols).flatten()  # (n,): lines from all locations would hide one another
-            titles += [f"{name}: truth", f"{name}: features; {right.sum()} of all {len(right)} points right"]
+            titles += [f"{name}: truth", f"{name}: {right.sum()} of all {len(right)} points right"]
             for target in (truth[shown], cell_centres(found[shown], grid)):
                 ends = torch.stack([cell_centres(shown, grid), target], 1)
                 columns.append(joined(*map(panel, views), ends, hues(len(shown))))
@@ -554,21 +554,23 @@ def limits(values, log):
 def plot(curves, epochs, log):
     """Curves [([(epoch, value), ...], colour), ...] over epochs from 0."""
     scale, (low, high) = math.log10 if log else float, limits([value for points, _ in curves for _, value in points], log)
-    left, right, top, bottom = 50, PLOT[0] - 8, 4, PLOT[1] - 2 * LINE - 4
+    labels = [(value, f"{value:.6g}") for value in ticks(low, high, log)]
+    left, right = 8 + max(FONT.getlength(label) for _, label in labels), PLOT[0] - 8
+    top, bottom = 4, PLOT[1] - 2 * LINE - 4
     picture = Marks(Image.new("RGB", PLOT, WHITE))
 
     def at(epoch, value):
         return (bottom - (scale(value) - scale(low)) / (scale(high) - scale(low)) * (bottom - top),
                 left + epoch / epochs * (right - left))
 
-    for value in ticks(low, high, log):
+    for value, label in labels:
         y, _ = at(0, value)
         picture.line([(y, left), (y, right)], (225, 225, 225), 1)
-        picture.label((y, left - 5), f"{value:.4g}", anchor="rm")
+        picture.label((y, left - 5), label, anchor="rm")
     for epoch in ticks(0, epochs, False):
         _, x = at(epoch, high)
         picture.line([(bottom, x), (bottom + 4, x)], (150, 150, 150), 1)
-        picture.label((bottom + LINE / 2 + 4, x), f"{epoch:.4g}")
+        picture.label((bottom + LINE / 2 + 4, x), f"{epoch:.6g}")
     picture.label((PLOT[1] - LINE / 2, (left + right) / 2), "epoch")
     picture.line([(top, left), (bottom, left), (bottom, right)], (150, 150, 150), 1)
     for points, colour in curves:

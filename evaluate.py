@@ -723,11 +723,11 @@ def correspond(backbone, data, args, device, num_matches=20, batch_size=64):
 # --- bag -----------------------------------------------------------------------------------------------------------
 
 
-def load_projector(checkpoint):
-    """The projector in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None where there is none."""
+def load_projector(checkpoint, name="projector"):
+    """A projector in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None where there is none."""
     state = {} if checkpoint == "random" else common.read_checkpoint(checkpoint).get("model", {})
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {key.removeprefix("projector."): value for key, value in state.items() if key.startswith("projector.")}
+    state = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
     if not state:
         return None
     matrices = [value for value in state.values() if value.ndim == 2]

@@ -590,7 +590,8 @@ def normalize(x):
 class LARS(torch.optim.Optimizer):
     """SGD whose step on each weight matrix is scaled to eta times the matrix's norm (You et al., arXiv 1708.03888).
 
-    One-dimensional parameters (biases, normalisation) are neither decayed nor scaled.
+    One-dimensional parameters (biases, normalisation) are neither decayed nor scaled. A step overwrites the gradients of
+    the others, instead of allocating as much again.
     """
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
@@ -605,7 +606,7 @@ class LARS(torch.optim.Optimizer):
                     continue
                 updates = [p.grad for p in params]
                 if params[0].ndim > 1:
-                    updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+                    torch._foreach_add_(updates, params, alpha=group["weight_decay"])
                     w, u = (torch.stack(torch._foreach_norm(t)) for t in (params, updates))
                     ratio = torch.where((w > 0) & (u > 0), group["eta"] * w / u, 1.0)
                     torch._foreach_mul_(updates, ratio.unbind())

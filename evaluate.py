@@ -61,8 +61,8 @@ import vicregl
 
 def center_view(rng, height, width, size):
     """The central square: 7/8 of the short side, as is usual on ImageNet, or all of it for images under 100 pixels."""
-    side = min(height, width) * (1 if size < 100 else 7 / 8)
-    return [(((height - side) / 2, (width - side) / 2, side, side), False, size)]
+    side = round(min(height, width) * (1 if size < 100 else 7 / 8))
+    return [(((height - side) // 2, (width - side) // 2, side, side), False, size)]
 
 
 def to_input(x, device):
@@ -455,8 +455,8 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         rng, (image, mask) = random.Random(f"{key}"), self.data.pair(key[1])
-        side = min(image.size) / rng.uniform(1, 2)
-        left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+        side = round(min(image.size) / rng.uniform(1, 2))
+        left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
         flip, box = rng.random() < 0.5, (left, top, left + side, top + side)
         mask = targets(mask.resize((self.size, self.size), Image.NEAREST, box=box))
         return common.cut(image, (top, left, side, side), flip, self.size), mask.flip(1) if flip else mask

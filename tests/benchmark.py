@@ -418,7 +418,7 @@ def photos(folder, count=16, width=500, height=375):
         image = np.full((height, width, 3), 128.0)
         for cells in (3, 6, 12, 24, 48, 96, 192, 384):
             noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-            image += (np.asarray(noise.resize((width, height), Image.BICUBIC)) - 128.0) / cells ** 0.4
+            image += (np.asarray(noise.resize((width, height), Image.BICUBIC)) - 128.0) / cells ** 0.25
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(Path(folder) / f"{i}.jpg", quality=90)
     return common.find_images(folder)
 

@@ -95,12 +95,20 @@ def all_features(backbone, data, size, device, bf16, workers):
 
 
 def gather(*tensors, dim=0):
-    """Concatenates what the processes hold, in any sizes."""
+    """Concatenates what the processes hold, in any sizes of `dim`."""
     if not dist.is_initialized():
         return tensors
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [t.cpu() for t in tensors])
-    return tuple(torch.cat(parts, dim).to(t.device) for t, parts in zip(tensors, zip(*everyone)))
+    everyone = []
+    for x in (t.movedim(dim, 0) for t in tensors):
+        counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+        counts[dist.get_rank()] = len(x)
+        counts = all_sum(counts).tolist()
+        padded = x.new_zeros(max(counts), *x.shape[1:])  # all_gather wants equal shapes
+        padded[:len(x)] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        everyone.append(torch.cat([part[:count] for part, count in zip(parts, counts)]).movedim(0, dim))
+    return tuple(everyone)
 
 
 def all_sum(x):

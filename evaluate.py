@@ -94,6 +94,13 @@ def all_features(backbone, data, size, device, bf16, workers):
     return y[i], labels[i]
 
 
+def all_sum(x):
+    """The sum over processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 def gather(*tensors, dim=0):
     """Concatenates what the processes hold, in any sizes of `dim`."""
     if not dist.is_initialized():
@@ -109,13 +116,6 @@ def gather(*tensors, dim=0):
         dist.all_gather(parts, padded)
         everyone.append(torch.cat([part[:count] for part, count in zip(parts, counts)]).movedim(0, dim))
     return tuple(everyone)
-
-
-def all_sum(x):
-    """The sum over processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
 
 
 # --- k nearest neighbours ------------------------------------------------------------------------------------------

@@ -481,7 +481,7 @@ def photometric():
 
 # --- Table ---------------------------------------------------------------------------------------------------------
 
-ROWS = {  # name: (the row's function, its baseline, goals: times faster and less memory than it, below 1 for overheads)
+ROWS = {  # name: (function, baseline, goals: how many times faster, and smaller at its peak; below 1 for what comes on top)
     "vicreg_256": (functools.partial(vicreg_row, 256), "Algorithm 1", 20, 10),
     "vicreg_2048": (functools.partial(vicreg_row, 2048), "Algorithm 1", 3, 3),
     "vicreg_gloo": (vicreg_gloo, "gather, Algorithm 1", 10, None),
@@ -491,7 +491,7 @@ ROWS = {  # name: (the row's function, its baseline, goals: times faster and les
     "bank": (bank_search, "full matrix, topk", 1, 20),
     "tcr_n": (functools.partial(coding_rate, "n"), "logdet, n x n", 1, 1),
     "tcr_d": (functools.partial(coding_rate, "d"), "logdet, d x d", 1, 1),
-    "lars": (lars_row, "Python loop", 3 if CUDA else 1, None),
+    "lars": (lars_row, "loop over parameters", 3 if CUDA else 1, None),
     "loader": (functools.partial(loader, False), "Pillow, torchvision", 4, None),
     "loader_colours": (functools.partial(loader, True), "Pillow, torchvision", 4, None),
     "photometric": (photometric, "backbone step", 1 / 0.08, None),
@@ -507,41 +507,54 @@ NO_MEMORY = {"vicreg_gloo", "loader", "loader_colours"}  # measured elsewhere, o
 
 
 def machine():
-    """What the numbers hold for, and FLOP/s of a large matrix product."""
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
-        if os.path.exists("/proc/cpuinfo") else [platform.processor()]
+    """What the numbers hold for, and the FLOP/s of a large matrix product."""
+    cpu = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     n = 8192 if CUDA else 2048
     a = randn(n, n).to(torch.bfloat16 if BF16 else torch.float32)
-    seconds = statistics.median(clock(lambda: a @ a) for _ in range(7))
-    return dict(cpu=names[0], cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if CUDA else None,
-                torch=torch.__version__, python=platform.python_version(), dtype=str(a.dtype).removeprefix("torch."),
-                matmul_tflops=2 * n ** 3 / seconds / 1e12)
+    seconds = statistics.median(clock(lambda: a @ a) for _ in range(9))
+    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(),
+                gpu=torch.cuda.get_device_name() if CUDA else "none", torch=torch.__version__,
+                python=platform.python_version(), matmul_dtype=str(a.dtype), matmul_tflops=2 * n ** 3 / seconds / 1e12)
 
 
-def measure(name, peak):
-    """One row: size, seconds, memory; of steps also images/s and the share of the matrix product's FLOP/s."""
+def measure(name, matmul_flops):
+    """One row: size, seconds, peak memory; of training steps also images/s and the share of matmul_flops."""
     function, baseline, *_ = ROWS[name]
+    torch.manual_seed(0)
     size, *calls = function()
-    if isinstance(calls[0], dict):  # measured by the row itself
-        return dict(size=size, baseline=baseline, **calls[0])
-    result = dict(size=size, baseline=baseline, **alternate(*calls))
+    row = dict(size=size, baseline=baseline)
+    if isinstance(calls[0], dict):  # the row has measured itself
+        return row | calls[0]
+    row |= alternate(*calls)
     if name not in NO_MEMORY:
         ours, theirs = map(peak_memory, calls)
-        result |= dict(ours_mb=ours / 1e6, baseline_mb=theirs / 1e6, smaller=theirs / ours)
+        row |= dict(ours_mb=ours / 1e6, baseline_mb=theirs / 1e6, smaller=theirs / max(ours, 1))
     if name.startswith("step_"):
         with FlopCounterMode(display=False) as counter:
             calls[0]()
-        result |= dict(images_per_s=IMAGES / result["ours_s"],
-                       of_matmul_peak=counter.get_total_flops() / result["ours_s"] / peak)
-    return result
+        row |= dict(images_per_s=IMAGES / row["ours_s"],
+                    share_of_matmul=counter.get_total_flops() / row["ours_s"] / matmul_flops)
+    return row
 
 
-def show(ratio, goal):
-    """'20.3x (20)', times better than the baseline, or '+2.1% (+3%)', where ours comes on top of it."""
-    if goal is None or goal >= 1:
-        return f"{ratio:.2f}x" + (f" ({goal:g})" if goal else "")
-    return f"{100 / ratio - 100:+.1f}% ({100 / goal - 100:+.0f}%)"
+def show(ratio, goal, on_top):
+    """A ratio of the baseline to ours and its goal: "20.3x (20)", or, where ours comes on top of it, "+2.1% (+3%)"."""
+    if ratio is None:
+        return "-"
+    if on_top:
+        return f"{100 / ratio - 100:+.1f}%" + (f" ({100 / goal - 100:+.0f}%)" if goal else "")
+    return f"{ratio:.{0 if ratio >= 100 else 1 if ratio >= 10 else 2}f}x" + (f" ({goal:.3g})" if goal else "")
+
+
+def line(name, row):
+    *_, faster, smaller = ROWS[name]
+    on_top = not faster or faster < 1
+    memory = f"{row['ours_mb']:.0f} / {row['baseline_mb']:.0f}" if "ours_mb" in row else "-"
+    steps = f"{row['images_per_s']:.1f} img/s, {row['share_of_matmul']:.0%}" if "images_per_s" in row else ""
+    return (name, row["size"], row["baseline"], f"{1e3 * row['ours_s']:.4g} / {1e3 * row['baseline_s']:.4g}",
+            show(row["faster"], faster, on_top), memory, show(row.get("smaller"), smaller, on_top), row["pairs"], steps)
 
 
 def main():
@@ -549,17 +562,17 @@ def main():
     parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--out", type=Path, default="benchmark.json")
     args = parser.parse_args()
-    torch.manual_seed(0)
     about, rows = machine(), {}
-    print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in about.items()), sep=", ")
+    print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in about.items()))
+    print("\n| row | size | baseline | ms, ours / baseline | time (goal) | peak MB, ours / baseline | memory (goal) | turns | |")
+    print("| --- " * 9 + "|")
     for name in args.only:
         try:
-            rows[name] = row = measure(name, 1e12 * about["matmul_tflops"])
+            rows[name] = measure(name, 1e12 * about["matmul_tflops"])
         except ImportError as error:
-            print(f"{name:15} left out: {error}")
+            print(f"| {name} | left out: {error} |")
             continue
-        *_, faster, smaller = ROWS[name]
-        print(name, row, show(row["faster"], faster), flush=True)
+        print("| " + " | ".join(map(str, line(name, rows[name]))) + " |", flush=True)
         args.out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
 
 

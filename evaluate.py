@@ -65,7 +65,7 @@ import vicregl
 
 def center_view(rng, height, width, size):
     """The central square: 7/8 of the short side, as is usual on ImageNet, or all of it for images under 100 pixels."""
-    return central_square(min(height, width) * (1 if size < 100 else 7 / 8), height, width, size)
+    return central_square(round(min(height, width) * (1 if size < 100 else 7 / 8)), height, width, size)
 
 
 def whole_view(rng, height, width, size):
@@ -74,7 +74,7 @@ def whole_view(rng, height, width, size):
 
 
 def central_square(side, height, width, size):
-    return [(((height - side) / 2, (width - side) / 2, side, side), False, size)]
+    return [(((height - side) // 2, (width - side) // 2, side, side), False, size)]
 
 
 def to_input(x, device):
@@ -117,20 +117,28 @@ def labelled(y, labels):
     return y[labels >= 0], labels[labels >= 0]  # STL-10 has images without
 
 
-def gather(*tensors, dim=0):
-    """Concatenates what the processes hold, in any sizes."""
-    if not dist.is_initialized():
-        return tensors
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [t.cpu() for t in tensors])
-    return tuple(torch.cat(parts, dim).to(t.device) for t, parts in zip(tensors, zip(*everyone)))
-
-
 def all_sum(x):
     """The sum over processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def gather(*tensors, dim=0):
+    """Concatenates what the processes hold, in any sizes of `dim`."""
+    if not dist.is_initialized():
+        return tensors
+    everyone = []
+    for x in (t.movedim(dim, 0) for t in tensors):
+        counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+        counts[dist.get_rank()] = len(x)
+        counts = all_sum(counts).tolist()
+        padded = x.new_zeros(max(counts), *x.shape[1:])  # all_gather wants equal shapes
+        padded[:len(x)] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        everyone.append(torch.cat([part[:count] for part, count in zip(parts, counts)]).movedim(0, dim))
+    return tuple(everyone)
 
 
 # --- k nearest neighbours ------------------------------------------------------------------------------------------
@@ -492,8 +500,8 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         rng, (image, mask) = random.Random(f"{key}"), self.data.pair(key[1])
-        side = min(image.size) / rng.uniform(1, 2)
-        left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+        side = round(min(image.size) / rng.uniform(1, 2))
+        left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
         flip, box = rng.random() < 0.5, (left, top, left + side, top + side)
         mask = targets(mask.resize((self.size, self.size), Image.NEAREST, box=box))
         return common.cut(image, (top, left, side, side), flip, self.size), mask.flip(1) if flip else mask

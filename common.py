@@ -900,8 +900,9 @@ class Run:
         """Yields a Batch on the device for each step left; saves as time goes by, on a signal and at the end."""
         args, cuda = self.args, self.device.type == "cuda"
         order = Batches(len(self.data), args.batch_size, self.step, self.total, args.seed, self.rank, self.world)
-        loader = torch.utils.data.DataLoader(Views(self.data, sample, args.seed), batch_sampler=order, pin_memory=cuda,
-                                             num_workers=args.workers, worker_init_fn=ignore_signals)
+        loader = torch.utils.data.DataLoader(  # forked workers share the data, and end soon after a parent that was killed
+            Views(self.data, sample, args.seed), batch_sampler=order, pin_memory=cuda, num_workers=args.workers,
+            worker_init_fn=ignore_signals, multiprocessing_context="fork" if args.workers else None)
         self.reset_clock()
         saved, vote = time.monotonic(), None
         asked = saved

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import re
@@ -31,8 +32,8 @@ import vicregl
 
 METHODS = ["vicreg", "vicregl", "lc_loss"]
 SMALL = ("--arch", "tiny_convnet", "--size", 16, "--projector", "32-16", "--batch-size", 8, "--base-lr", 1, "--warmup-epochs", 1,
-         "--epochs", 4, "--log-every", 1, "--save-minutes", 0, "--no-bf16")  # with 44 images: 5 steps an epoch, 20 in all
-STEPS = 20
+         "--epochs", 8, "--log-every", 1, "--save-minutes", 0, "--no-bf16")  # with 44 images: 5 steps an epoch, 40 in all
+STEPS = 40
 EXTRA = {"vicreg": (), "vicregl": ("--local-projector", "16-16"), "lc_loss": ("--momentum", 0.99)}
 TIMING = ("images_per_s", "data_wait", "memory_gb", "eta_s")
 
@@ -46,6 +47,7 @@ def _run(method, args, said, prepare, env):
     os.dup2(words, 1)
     os.dup2(words, 2)
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # for data loading: this process has its parent's, "forkserver"
     torch.set_num_threads(1)
     sys.argv = [f"{method}.py", *map(str, args)]
     if prepare:
@@ -56,14 +58,15 @@ def _run(method, args, said, prepare, env):
 class Command:
     """A run in the background, forked from a process that has torch loaded already: it starts in half a second."""
 
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["test_faults"])
-
     def __init__(self, method, *args, said, prepare=None, **env):
         env = {"CUDA_VISIBLE_DEVICES": "", **{k: str(v) for k, v in env.items()}}
         self.words = Path(said)
-        self.process = self.processes.Process(target=_run, args=(method, args, str(said), prepare, env))
-        self.process.start()
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["test_faults"])
+        with pytest.MonkeyPatch.context() as patch:  # the first start of all starts the server, which must find test_faults
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+            self.process = server.Process(target=_run, args=(method, args, str(said), prepare, env))
+            self.process.start()
 
     def end(self, seconds=120):
         """-> exit code (minus the signal's number if one killed it)."""
@@ -209,10 +212,334 @@ def test_killed_20_times_is_bit_identical(method, flags, undisturbed, tmp_path):
             assert run.end() == -signal.SIGKILL, run.said()
             continue
         if number == 2 or rng.random() < 0.5:  # anywhere in the steps, or while it starts
-            wait_for(lambda: len(lines(folder)) > min(before, STEPS - 2), run)  # noqa: B023
-        time.sleep(rng.uniform(0, 0.1))
+            wait_for(lambda: len(lines(folder)) > before, run)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.03))
         run.kill()
         assert run.end() == -signal.SIGKILL, run.said()
     last = Command(*command, "--out", tmp_path, "--name", "cut", said=tmp_path / "said")
     assert last.end() == 0, last.said()
     assert_same(undisturbed(method), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_signals_save_and_stop(method, flags, undisturbed, tmp_path):
+    command = (*flags(method), "--out", tmp_path, "--name", "cut", "--save-minutes", 60)
+    for number, step in ((signal.SIGTERM, 9), (signal.SIGUSR1, 23)):
+        run = Command(*command, said=tmp_path / "said")
+        wait_for(lambda: len(lines(tmp_path / "cut")) >= step, run)  # noqa: B023
+        run.kill(number)
+        assert run.end() == 0 and f"{number.name}: saved at step" in run.said()
+    last = Command(*command, said=tmp_path / "said")
+    assert last.end() == 0, last.said()
+    assert_same(undisturbed(method), tmp_path / "cut")
+
+
+def torchrun(options, *command):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-m", "torch.distributed.run", *options, *map(str, command)]
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def family(pid):
+    """The command lines of all processes below `pid`, by their ids."""
+    parents, found = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    for child in parents:
+        above = child
+        while above in parents and above != pid:
+            above = parents[above]
+        if above == pid and child != pid:
+            with contextlib.suppress(OSError):
+                found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+    return found
+
+
+def method_name(command):
+    return f"{command[0]}.py", *command[1:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(flags):
+    """undisturbed_pair(method) -> the folder of a run on two processes that nothing disturbed, made once."""
+    @functools.cache
+    def folder(method):
+        command = flags(method)
+        out = command[-1] / f"{method}-pair"
+        for run in pair(*command, "--name", f"{method}-pair", said=command[-1] / f"{method}-pair.txt"):
+            assert run.end() == 0, run.said()
+        return out
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_torchrun_restarts_a_killed_process(method, flags, undisturbed_pair, tmp_path):
+    command = method_name(flags(method))
+    run = torchrun(["--standalone", "--nproc_per_node=2", "--max-restarts=3"], *command, "--out", tmp_path, "--name", "cut")
+    for step in (7, 25):
+        begin = time.monotonic()
+        while len(lines(tmp_path / "cut")) < step:
+            assert run.poll() is None and time.monotonic() - begin < 100
+            time.sleep(0.02)
+        workers = [pid for pid, words in family(run.pid).items() if " --data " in words]
+        os.kill(random.Random(step).choice(sorted(workers)[:2]), signal.SIGKILL)
+    said = run.communicate(timeout=100)[0]
+    assert run.returncode == 0 and said.count("resumed at step") == 2, said
+    assert_same(undisturbed_pair(method), tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_two_torchrun_agents_are_two_nodes(flags, undisturbed_pair, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        end = f"127.0.0.1:{free.getsockname()[1]}"
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={end}"]
+    agents = [torchrun(options, *method_name(flags("vicreg")), "--out", tmp_path, "--name", "nodes") for _ in range(2)]
+    for agent in agents:
+        said = agent.communicate(timeout=150)[0]
+        assert agent.returncode == 0, said
+    assert_same(undisturbed_pair("vicreg"), tmp_path / "nodes")
+
+
+def errors(run):
+    """The lines of its words that tell an error; a traceback is none of them and must not be there."""
+    assert "Traceback" not in run.said(), run.said()
+    return [line for line in run.said().splitlines() if line.startswith("error: ")]
+
+
+def test_a_killed_process_ends_the_others(flags, tmp_path):
+    runs = pair(*flags("vicreg"), "--out", tmp_path, "--name", "cut", said=tmp_path / "said")
+    wait_for(lambda: len(lines(tmp_path / "cut")) >= 7, *runs)
+    runs[1].kill()
+    assert runs[0].end(30) == 2
+    (line,) = errors(runs[0])
+    assert "another process of this run has ended" in line and common.whole(tmp_path / "cut" / "last.pt")
+
+
+def _short_timeout():
+    common.TIMEOUT = common.datetime.timedelta(seconds=4)
+
+
+def test_a_process_that_stops_answering_is_a_timeout(flags, tmp_path):
+    runs = pair(*flags("vicreg"), "--out", tmp_path, "--name", "cut", said=tmp_path / "said", prepare=(_short_timeout,))
+    wait_for(lambda: len(lines(tmp_path / "cut")) >= 7, *runs)
+    runs[1].kill(signal.SIGSTOP)
+    code = runs[0].end(40)
+    runs[1].kill()
+    (line,) = errors(runs[0])
+    assert code == 2 and "has not answered" in line and common.whole(tmp_path / "cut" / "last.pt")
+
+
+def _poison(step):
+    """From `step` on, the second process sees NaN."""
+    normal, calls = common.Photometric.__call__, []
+
+    def poisoned(self, x, generator):
+        calls.append(1)
+        x = normal(self, x, generator)
+        return x * math.nan if common.rank_and_world()[0] == 1 and len(calls) > 2 * step else x
+    common.Photometric.__call__ = poisoned
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])  # found at a log line, and by a save between them
+def test_nan_in_one_process_stops_all(log_every, flags, tmp_path):
+    runs = pair(*flags("vicreg"), "--log-every", log_every, "--out", tmp_path, "--name", "nan", said=tmp_path / "said",
+                prepare=(_poison, 6))
+    assert [run.end(60) for run in runs] == [2, 2]
+    (line,) = errors(runs[0])
+    assert "NaN or infinity at step" in line
+    kept = torch.load(tmp_path / "nan" / "last.pt", weights_only=True)
+    assert 3 <= kept["step"] <= 6 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_an_error_that_all_processes_meet_is_said_once(flags, tmp_path):
+    for change in (("--arch", "resnet19"), ("--data", "nowhere"), ("--size", 7), ("--name", "../x")):
+        said = tmp_path / change[0]
+        runs = pair(*flags("vicregl"), *change, "--out", tmp_path, said=said)
+        assert [run.end(60) for run in runs] == [2, 2] and len(errors(runs[0])) == 1, runs[0].said()
+
+
+def _note_keys(path):
+    """Writes down every (epoch, index) that is loaded."""
+    normal = common.Views.__getitem__
+
+    def noting(self, key):
+        with open(path, "a") as file:
+            file.write(f"{key[0]} {key[1]}\n")
+        return normal(self, key)
+    common.Views.__getitem__ = noting
+
+
+def test_another_number_of_processes_sees_the_same_data(flags, tmp_path):
+    command = (*flags("vicreg"), "--out", tmp_path)
+    for name in ("whole", "cut"):
+        note = (_note_keys, tmp_path / f"{name}.keys")
+        if name == "cut":  # 17 steps on one process, some on two, the rest on one
+            alone = Command(*command, "--name", name, said=tmp_path / "said", prepare=note)
+            wait_for(lambda: len(lines(tmp_path / "cut")) >= 13, alone)
+            alone.kill(signal.SIGTERM)
+            assert alone.end() == 0
+            both = pair(*command, "--name", name, said=tmp_path / "said", prepare=note)
+            wait_for(lambda: len(lines(tmp_path / "cut")) >= 27, *both)
+            both[1].kill(signal.SIGUSR1)
+            assert [run.end() for run in both] == [0, 0], both[0].said()
+        run = Command(*command, "--name", name, said=tmp_path / "said", prepare=note)
+        assert run.end() == 0, run.said()
+    whole, cut = (sorted((tmp_path / f"{name}.keys").read_text().splitlines()) for name in ("whole", "cut"))
+    assert len(whole) == len(set(whole)) == 8 * STEPS and cut == whole
+    assert len(lines(tmp_path / "cut")) == STEPS
+
+
+# --- data loading workers, locks, disks, checkpoints ---------------------------------------------------------------
+
+
+def test_a_killed_data_worker_ends_the_run(flags, undisturbed, tmp_path):
+    command = (*flags("vicreg"), "--out", tmp_path, "--name", "cut")
+    run = Command(*command, "--workers", 2, said=tmp_path / "said")
+    wait_for(lambda: len(lines(tmp_path / "cut")) >= 5, run)
+    os.kill(min(family(run.process.pid)), signal.SIGKILL)
+    assert run.end(40) == 2
+    (line,) = errors(run)
+    assert "data loading process was killed" in line and common.whole(tmp_path / "cut" / "last.pt")
+    again = Command(*command, said=tmp_path / "said")
+    assert again.end() == 0, again.said()
+    assert_same(undisturbed("vicreg"), tmp_path / "cut")
+
+
+def test_a_second_run_in_the_folder_is_refused(flags, tmp_path):
+    command = (*flags("vicreg"), "--out", tmp_path, "--name", "one")
+    first = Command(*command, "--workers", 2, said=tmp_path / "said")
+    wait_for(lambda: len(lines(tmp_path / "one")) >= 3, first)
+    second = Command(*command, said=tmp_path / "second")
+    assert second.end() == 2
+    (line,) = errors(second)
+    assert "another run is at work in" in line and first.process.exitcode is None
+    workers = family(first.process.pid)
+    first.kill()
+    assert first.end() == -signal.SIGKILL
+    orphans = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    third = Command(*command, said=tmp_path / "third")  # the dead run's workers live on for seconds, its lock does not
+    assert third.end() == 0 and "resumed at step" in third.said() and len(orphans) == 2
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans))
+
+
+def test_a_file_system_without_locks(flags, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(common.fcntl, "lockf", refuse)
+    monkeypatch.setattr(sys, "argv", ["vicreg.py", *map(str, flags("vicreg")[1:]), "--epochs", "1", "--out", str(tmp_path)])
+    vicreg.main()
+    assert capsys.readouterr().err.count("warning: cannot lock") == 1
+
+
+def _fill_the_disk(begin, end):
+    """No file grows between two log lines, as on a full disk."""
+    normal = common.Run.log
+
+    def log(self, **metrics):
+        if self.step == begin:
+            size = os.path.getsize(self.folder / "log.jsonl")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        if self.step == end:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        normal(self, **metrics)
+    common.Run.log = log
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_full_disk(method, flags, undisturbed, tmp_path):
+    command = (*flags(method), "--out", tmp_path)
+    run = Command(*command, "--name", "for-a-while", said=tmp_path / "said", prepare=(_fill_the_disk, 5, 9))
+    assert run.end() == 0, run.said()
+    assert run.said().count("warning: cannot write") >= 8 and "Traceback" not in run.said()
+    assert_same(undisturbed(method), tmp_path / "for-a-while")  # no log line is lost either
+    run = Command(*command, "--name", "to-the-end", said=tmp_path / "said2", prepare=(_fill_the_disk, 5, -1))
+    assert run.end() == 2
+    (line,) = errors(run)
+    assert "cannot write" in line and torch.load(tmp_path / "to-the-end" / "last.pt", weights_only=True)["step"] == 5
+    run = Command(*command, "--name", "to-the-end", said=tmp_path / "said2")
+    assert run.end() == 0, run.said()
+    assert_same(undisturbed(method), tmp_path / "to-the-end")
+
+
+def _flip(data):
+    return data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1:]
+
+
+DAMAGES = {"empty": lambda data: b"", "truncated": lambda data: data[:len(data) // 2], "zeros": lambda data: bytes(len(data)),
+           "flipped": _flip, "missing": None, "short": lambda data: data[:-1]}
+
+
+def damaged(folder, target, damage, files=("last.pt",)):
+    shutil.copytree(folder, target)
+    for name in files:
+        data = (target / name).read_bytes()
+        (target / name).unlink()
+        if DAMAGES[damage]:
+            (target / name).write_bytes(DAMAGES[damage](data))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, flags, undisturbed, tmp_path):
+    damaged(undisturbed("vicreg"), tmp_path / "cut", damage)
+    with open(tmp_path / "cut" / "log.jsonl", "ab") as log:
+        log.write(b"\0\xff\0\n7\n{}\n" + b"\0" * 100)  # as a crash of the machine may leave it
+    run = Command(*flags("vicreg"), "--out", tmp_path, "--name", "cut", said=tmp_path / "said")
+    assert run.end() == 0, run.said()
+    assert run.said().count("was missing or damaged: previous.pt") == 1 and f"resumed at step {STEPS - 1}" in run.said()
+    assert_same(undisturbed("vicreg"), tmp_path / "cut")
+
+
+def test_no_whole_checkpoint_is_an_error(flags, undisturbed, tmp_path, monkeypatch, capsys):
+    damaged(undisturbed("vicreg"), tmp_path / "cut", "truncated", ["last.pt", "previous.pt"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()}
+    args = flags("vicreg")[1:], "--out", tmp_path, "--name", "cut"
+    assert "is damaged, and there is no whole previous.pt" in user_error(vicreg.main, monkeypatch, capsys, *args[0], *args[1:])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == before
+
+
+class Planted:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PLANTED"],)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_planted_pickle_does_not_run(zipped, flags, undisturbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PLANTED", str(tmp_path / "ran"))
+    damaged(undisturbed("vicreg"), tmp_path / "cut", "missing", ["last.pt", "previous.pt"])
+    torch.save({"model": Planted()}, tmp_path / "cut" / "last.pt", _use_new_zipfile_serialization=zipped)
+    said = user_error(vicreg.main, monkeypatch, capsys, *flags("vicreg")[1:], "--out", tmp_path, "--name", "cut")
+    assert ("holds more than weights" in said or "is damaged" in said) and not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "cut" / "last.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have run
+
+
+def test_resume_with_other_arguments(flags, undisturbed, tmp_path, monkeypatch, capsys):
+    args = flags("vicreg")[1:]
+    shutil.copytree(undisturbed("vicreg"), tmp_path / "cut")
+    said = user_error(vicreg.main, monkeypatch, capsys, *args, "--out", tmp_path, "--name", "cut", "--base-lr", 2, "--seed", 7,
+                      "--var-coeff", 3, "--batch-size", 10)
+    assert all(words in said for words in ("base-lr 1.0 (now 2.0)", "seed 0 (now 7)", "var-coeff 25.0 (now 3.0)",
+                                           "batch-size 8 (now 10)")) and "weight-decay" not in said
+    damaged(undisturbed("vicreg"), tmp_path / "moved", "missing")  # another folder and name; a step is left to do
+    run = Command(*flags("vicreg"), "--out", tmp_path, "--name", "moved", "--workers", 1, "--save-minutes", 5,
+                  "--log-every", 1, said=tmp_path / "said")
+    assert run.end() == 0, run.said()
+    assert_same(undisturbed("vicreg"), tmp_path / "moved")
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "", ".", "..", "a\nb", "\udcff", "x/"])
+def test_a_run_cannot_leave_its_folder(name, flags, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    said = user_error(vicreg.main, monkeypatch, capsys, *flags("vicreg")[1:], "--out", tmp_path / "out", "--name", name)
+    assert "is no name of a folder in --out" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not any((tmp_path / "out").iterdir())
+
+
+def test_an_out_that_is_no_folder(flags, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    args = (*flags("vicreg")[1:], "--out", tmp_path / "file")
+    assert "cannot write in" in user_error(vicreg.main, monkeypatch, capsys, *args)

@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -669,6 +670,12 @@ def one_line_errors():
                 raise
         if line and first_to_say(line):
             print(f"error: {printable(line)}", file=sys.stderr, flush=True)
+        if not isinstance(error, UserError):  # an orderly end would wait for a dead process, or for a lock it died with
+            left = multiprocessing.active_children()
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whose handler, torch's, would raise the error anew
+            for worker in left:
+                worker.kill()
+            os._exit(2)
         sys.exit(2)
     finally:
         if dist.is_initialized():

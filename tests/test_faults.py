@@ -9,7 +9,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -363,14 +362,15 @@ def test_an_error_that_all_processes_meet_is_said_once(flags, tmp_path):
 
 
 def _note_keys(path):
-    """Writes down every (epoch, index) that is loaded."""
-    normal = common.Views.__getitem__
+    """Writes down every (epoch, index) that is trained on."""
+    normal = common.Batches.__iter__
 
-    def noting(self, key):
-        with open(path, "a") as file:
-            file.write(f"{key[0]} {key[1]}\n")
-        return normal(self, key)
-    common.Views.__getitem__ = noting
+    def noting(self):
+        for keys in normal(self):
+            with open(path, "a") as file:
+                file.writelines(f"{epoch} {index}\n" for epoch, index in keys)
+            yield keys
+    common.Batches.__iter__ = noting
 
 
 def test_another_number_of_processes_sees_the_same_data(flags, tmp_path):
@@ -436,8 +436,11 @@ def test_a_file_system_without_locks(flags, tmp_path, monkeypatch, capsys):
 
 
 def _fill_the_disk(begin, end):
-    """No file grows between two log lines, as on a full disk."""
-    normal = common.Run.log
+    """No file grows between two log lines, as on a full disk; but for what the run says."""
+    normal, teller = common.Run.log, subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    for stream in (1, 2):
+        os.dup2(teller.stdin.fileno(), stream)
+    teller.stdin.close()
 
     def log(self, **metrics):
         if self.step == begin:
@@ -454,10 +457,12 @@ def test_a_full_disk(method, flags, undisturbed, tmp_path):
     command = (*flags(method), "--out", tmp_path)
     run = Command(*command, "--name", "for-a-while", said=tmp_path / "said", prepare=(_fill_the_disk, 5, 9))
     assert run.end() == 0, run.said()
+    wait_for(lambda: "20-NN" in run.said())
     assert run.said().count("warning: cannot write") >= 8 and "Traceback" not in run.said()
     assert_same(undisturbed(method), tmp_path / "for-a-while")  # no log line is lost either
     run = Command(*command, "--name", "to-the-end", said=tmp_path / "said2", prepare=(_fill_the_disk, 5, -1))
     assert run.end() == 2
+    wait_for(lambda: errors(run))
     (line,) = errors(run)
     assert "cannot write" in line and torch.load(tmp_path / "to-the-end" / "last.pt", weights_only=True)["step"] == 5
     run = Command(*command, "--name", "to-the-end", said=tmp_path / "said2")

@@ -652,8 +652,9 @@ def probe(logits, labels):
 TIMEOUT = datetime.timedelta(minutes=30)  # listing the images of a slow disk takes one process longer than another
 GONE = {  # how torch says that another process is gone: what to say
     r"DataLoader worker \(.*(killed|exited)": "a data loading process was killed: lower --workers if memory is short",
-    r"Connection (closed|reset) by peer|Broken pipe": "another process of this run has ended: see what it said",
-    r"Timed out waiting": f"another process of this run has not answered for {TIMEOUT} h",
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited":
+        "another process of this run has ended: see what it said",
+    r"Timed out waiting|Application timeout": f"another process of this run has not answered for {TIMEOUT} h",
 }
 
 

@@ -1,4 +1,5 @@
 """What a run survives: README's table "What it survives" names the tests of this file, and of others."""
+import ast
 import contextlib
 import functools
 import importlib
@@ -9,12 +10,14 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -548,3 +551,271 @@ def test_an_out_that_is_no_folder(flags, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     args = (*flags("vicreg")[1:], "--out", tmp_path / "file")
     assert "cannot write in" in user_error(vicreg.main, monkeypatch, capsys, *args)
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def _seeds(rng):
+    """Small files of every format, some animated, some with EXIF: [(suffix, bytes)]."""
+    exif = Image.Exif()
+    exif[0x112], exif[0x10e] = 6, "a title"
+    pixels = [Image.fromarray(rng.integers(0, 256, (20, 28, 3), np.uint8)) for _ in range(3)]
+    files = []
+    for suffix, name in ((".jpg", "JPEG"), (".png", "PNG"), (".gif", "GIF"), (".webp", "WEBP"), (".tif", "TIFF"), (".bmp", "BMP")):
+        ways = [{}] + [{"exif": exif}] * (name in ("JPEG", "PNG", "WEBP", "TIFF")) + \
+            [{"save_all": True, "append_images": pixels[1:]}] * (name in ("GIF", "PNG", "WEBP", "TIFF")) + \
+            [{"progressive": True}] * (name == "JPEG") + [{"compression": c} for c in ("tiff_lzw", "jpeg", "tiff_deflate")
+                                                           if name == "TIFF"]
+        for way in ways:
+            for mode in ("RGB", "L") if way == {} else ("RGB",):
+                file = io.BytesIO()
+                pixels[0].convert(mode).save(file, name, **way)
+                files.append((suffix, file.getvalue()))
+    return files
+
+
+def _mutate(data, rng):
+    """Flipped bits, a cut end, a hole of zeros, a doubled or exchanged part; one to five times."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        at, length = int(rng.integers(len(data))), int(rng.integers(1, 40))
+        kind = rng.integers(6)
+        if kind < 2:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            data[at % 64 % len(data)] = int(rng.integers(256))  # in the header
+        elif kind == 3:
+            data[at:at + length] = bytes(min(length, len(data) - at))
+        elif kind == 4:
+            data[at:at] = data[at:at + length]
+        elif rng.random() < 0.4:
+            del data[max(at, 1):]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_2400_damaged_files_are_decoded_or_reported(tmp_path):
+    rng = np.random.default_rng(0)
+    seeds, decoded, reported, slowest = _seeds(rng), 0, 0, 0.0
+    suffixes = sorted({suffix for suffix, _ in seeds})
+
+    def attempt(name, content):
+        path = tmp_path / name
+        path.write_bytes(content)
+        begin = time.monotonic()
+        data = common.Images([path])
+        sample = common.Views(data, lambda rng, h, w: [((0, 0, h, w), False, 16)], 0)
+        try:
+            image = data.load(0)
+        except Exception:
+            image = None
+        broken = sample[0, 0].broken
+        assert (image is None) == (broken == 0) and (image is None or image.mode == "RGB" and min(image.size) > 0)
+        path.unlink()
+        return image is not None, time.monotonic() - begin
+
+    def resources():
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return len(os.listdir("/proc/self/fd")), memory
+    for number in range(2400):
+        if number == 400:  # libraries are loaded, buffers are at their size
+            files, memory = resources()
+        suffix, content = seeds[number % len(seeds)]
+        if number % 9 == 0:
+            suffix = suffixes[rng.integers(len(suffixes))]  # one of another format
+        whole, seconds = attempt(f"{number}{suffix}", _mutate(content, rng))
+        decoded, reported, slowest = decoded + whole, reported + (not whole), max(slowest, seconds)
+    after = resources()
+    assert after[0] == files and after[1] - memory < 64e6, (files, memory, after)
+    assert decoded > 300 and reported > 600, (decoded, reported)
+    print(f"{decoded} decoded, {reported} reported, the slowest took {slowest:.2f} s")
+
+
+def _png(width, height):
+    """The head of a PNG that claims to be so large; Pillow knows its size before it reads a pixel."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_strange_files(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / os.fsdecode("картины 画 \udcff".encode(errors="surrogateescape"))
+    make_images(folder, 3, classes=0)
+    for name in ("łódź.jpg", "写真.jpg", "a\nb.jpg", os.fsdecode(b"\xff\xfe.jpg"), "-rf.jpg", "$(touch x).jpg"):
+        shutil.copy(folder / "0000.jpg", folder / name)
+    bad = {"bomb.png": "10000 x 9000 pixels", "larger.png": "decompression bomb", "loop.jpg": "symbolic link", "pipe.jpg": "regular",
+           "empty.jpg": "cannot identify", "gone.jpg": "No such file", "directory.jpg": None, "a\nbroken.jpg": "cannot identify"}
+    (folder / "bomb.png").write_bytes(_png(10_000, 9_000))
+    (folder / "larger.png").write_bytes(_png(20_000, 10_000))
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    (folder / "round").symlink_to(folder)
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "directory.jpg").mkdir()
+    (folder / "empty.jpg").touch()
+    (folder / "a\nbroken.jpg").write_bytes(b"\xff\xd8 no image")
+    for size in ((1, 20_000), (20_000, 1)):
+        Image.new("RGB", size).save(folder / f"thin{size[0]}.png")
+    data = common.open_data(str(folder))
+    assert len(data) == 3 + 6 + len(bad) - 1 + 2
+
+    class Run:
+        broken = set()
+    run = Run()
+    run.data = data
+    views = common.Views(data, vicregl_views, 0)
+    for index in range(len(data)):
+        name = Path(data.name(index)).name
+        sample = views[0, index]
+        assert (sample.broken == index) == (name in bad), name
+        common.Run.note_broken(run, torch.tensor([sample.broken]))
+        said = capsys.readouterr().err
+        if name in bad:
+            assert said.count("\n") == 1 and common.printable(name) in said and bad[name] in said, said
+            said.encode(errors="backslashreplace")
+        else:
+            assert not said
+
+
+def vicregl_views(rng, height, width):
+    return vicregl.sample_views(rng, height, width, vicregl.VIEWS["multicrop"], 16)
+
+
+def test_a_broken_image_is_named_with_its_reason_by_a_run(flags, tmp_path):
+    folder = make_images(tmp_path / "images", 120, size=(20, 16))
+    (folder / "class1" / "0003.jpg").write_bytes(b"")
+    (folder / "class1" / "0003.jpg").rename(folder / "class1" / os.fsdecode(b"\xffa\nb.jpg"))
+    run = Command(*flags("lc_loss"), "--data", folder, "--epochs", 1, "--workers", 1, "--out", tmp_path, said=tmp_path / "said")
+    assert run.end() == 0, run.said()
+    (line,) = [line for line in run.said().splitlines() if line.startswith("warning: ")]
+    assert line.endswith("; another takes its place") and "\\udcffa\\nb.jpg (cannot identify" in line
+
+
+def _as_nobody(folder):
+    """Run by a process that may not read everything: root may."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    data = common.Images([Path(folder) / "closed.jpg"])
+    broken = int(common.Views(data, lambda rng, h, w: [((0, 0, h, w), False, 16)], 0)[0, 0].broken)
+    try:
+        common.open_data(folder)
+        os._exit(1)
+    except common.UserError as error:
+        os._exit(0 if "cannot list" in str(error) and "closed" in str(error) and broken == 0 else 2)
+
+
+def test_unreadable_files_and_folders_are_reported(tmp_path_factory):
+    with tempfile.TemporaryDirectory() as folder:  # not under pytest's own, which is closed to others
+        os.chmod(folder, 0o755)
+        make_images(Path(folder) / "closed", 2, classes=0)
+        make_images(Path(folder), 2, classes=0)
+        shutil.copy(Path(folder) / "0000.jpg", Path(folder) / "closed.jpg")
+        for name in ("closed", "closed.jpg"):
+            os.chmod(Path(folder) / name, 0)
+        child = multiprocessing.get_context("fork").Process(target=_as_nobody, args=(folder,))
+        child.start()
+        child.join(60)
+        os.chmod(Path(folder) / "closed", 0o755)
+        assert child.exitcode == 0
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_stays_within_1_percent(method, flags, tmp_path):
+    command = (*flags(method), "--data", "shapes", "--size", 32, "--batch-size", 256, "--epochs", 1, "--out", tmp_path)
+    prepare = (_stop_after, 3)  # on the activations of a network that has trained for three steps
+    first = Command(*command, "--name", "float32", said=tmp_path / "said", prepare=prepare)
+    assert first.end() == 0, first.said()
+    shutil.copytree(tmp_path / "float32", tmp_path / "bf16")
+    state = torch.load(tmp_path / "bf16" / "last.pt", weights_only=True)
+    torch.save({**state, "args": {**state["args"], "bf16": True}}, tmp_path / "bf16" / "last.pt")
+    for name in ("float32", "bf16"):
+        run = Command(*command, "--bf16" if name == "bf16" else "--no-bf16", "--name", name, said=tmp_path / "said",
+                      prepare=(_stop_after, 4))
+        assert run.end() == 0, run.said()
+    exact, half = (lines(tmp_path / name)[-1] for name in ("float32", "bf16"))
+    assert exact["step"] == half["step"] == 4 and exact["loss"] != half["loss"]
+    assert abs(half["loss"] / exact["loss"] - 1) < 0.01, (exact, half)
+
+
+def _stop_after(step):
+    normal = common.Run.log
+
+    def log(self, **metrics):
+        normal(self, **metrics)
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+    common.Run.log = log
+
+
+def vicreg_case(make):
+    return vicreg.vicreg_loss(make(16, 24), make(16, 24))[0] + vicreg.vicreg_loss(make(24, 16), make(24, 16))[0]
+
+
+def vicregl_case(make):
+    pos = [torch.rand(8, 9, 2) * 50 for _ in range(2)]
+    return vicregl.vicregl_loss([make(8, 12) for _ in pos], [make(8, 9, 6) for _ in pos], pos, num_matches=[4],
+                                num_feature_matches=[4])[0]
+
+
+def lc_case(make, **options):
+    points = torch.rand(8, 3, 3, 2) * 2.4 - 1.2
+    return lc_loss.lc_loss(*(make(8, 12) for _ in range(4)), make(8, 6, 3, 3), make(8, 6, 3, 3), points,
+                           (points.abs() <= 1).all(3), **options)[0]
+
+
+LOSSES = {"vicreg": vicreg_case, "vicregl": vicregl_case, "lc_loss": lc_case,
+          "lc_loss-mse": functools.partial(lc_case, local_loss="mse")}
+
+
+@pytest.mark.parametrize("kind", ["constant", "zero", "huge", "tiny", "huge and constant"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_and_gradients_are_finite_at_the_extremes(loss, kind):
+    torch.manual_seed(0)
+    scale = {"constant": 3.0, "zero": 0.0, "huge": 1e4, "tiny": 1e-8, "huge and constant": 1e4}[kind]
+    made = []
+
+    def make(*shape):
+        made.append((torch.full(shape, scale) if "constant" in kind or kind == "zero" else scale * torch.randn(shape))
+                    .requires_grad_())
+        return made[-1]
+    value = LOSSES[loss](make)
+    value.backward()
+    assert value.isfinite()
+    grads = [x.grad for x in made if x.grad is not None]
+    assert grads and all(grad.isfinite().all() for grad in grads)
+
+
+# --- safety, and the table in README -------------------------------------------------------------------------------
+
+
+def test_nothing_is_executed_and_no_pickle_is_trusted():
+    for path in ROOT.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+                 for name in node.names} | {node.module.split(".")[0] for node in ast.walk(tree)
+                                            if isinstance(node, ast.ImportFrom)}
+        assert not names & {"subprocess", "pickle", "socket", "urllib", "requests", "http", "ftplib", "ctypes", "shelve", "marshal"}
+        for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
+            said = ast.unparse(call.func)
+            assert said not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "np.load", "torch.hub.load")
+            assert not said.startswith(("os.exec", "os.spawn", "torch.hub."))
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            if said == "torch.load":
+                assert keywords["weights_only"] == "True", path
+            if "download" in keywords:
+                assert said.startswith(("torchvision.datasets.", "getattr(torchvision.datasets")), said
+
+
+def test_every_test_that_readme_names_exists():
+    section = (ROOT / "README.md").read_text().split("## What it survives")[1].split("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| ") and "---" not in row][1:]
+    tests = {match for path in (ROOT / "tests").glob("test_*.py") for match in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[-2])
+        assert named and set(named) <= tests, row

@@ -6,17 +6,21 @@ import argparse
 import codecs
 import contextlib
 import datetime
+import fcntl
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import resource
 import signal
+import stat
 import sys
 import time
 import typing
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -296,7 +300,12 @@ class Images:
         """The RGB image, upright; raises whatever a decoder raises on a broken file."""
         if self.items.dtype.kind != "S":
             return Image.fromarray(self.items[index])
-        with Image.open(os.fsdecode(self.items[index])) as image:
+        path = os.fsdecode(self.items[index])
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
+            raise OSError("no regular file")
+        with Image.open(path) as image:
+            if not 0 < image.width * image.height <= Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
+                raise OSError(f"{image.width} x {image.height} pixels")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip it at 255
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
@@ -369,8 +378,11 @@ class Shapes:
 
 def find_images(root):
     """Images anywhere below `root`, sorted; labelled if all of them lie in ROOT/CLASS/."""
+    def refuse(error):  # os.walk would leave the folder out without a word
+        raise UserError(f"cannot list a folder of images ({error}): make it readable, or remove it")
+
     paths, seen = [], {os.path.realpath(root)}
-    for folder, inner, files in os.walk(root, followlinks=True):
+    for folder, inner, files in os.walk(root, onerror=refuse, followlinks=True):
         inner[:] = sorted(d for d in inner if (real := os.path.realpath(os.path.join(folder, d))) not in seen
                           and not seen.add(real))  # a link back to a parent must not loop
         paths += [os.path.join(folder, f) for f in sorted(files) if os.path.splitext(f)[1].lower() in SUFFIXES]
@@ -641,19 +653,51 @@ def probe(logits, labels):
 # --- 4. Run --------------------------------------------------------------------------------------------------------
 
 
+TIMEOUT = datetime.timedelta(minutes=30)  # listing the images of a slow disk takes one process longer than another
+GONE = {  # how torch says that another process is gone: what to say
+    r"DataLoader worker \(.*(killed|exited)": "a data loading process was killed: lower --workers if memory is short",
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited":
+        "another process of this run has ended: see what it said",
+    r"Timed out waiting|Application timeout": f"another process of this run has not answered for {TIMEOUT} h",
+}
+
+
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a main(): a UserError becomes one line on stderr and exit code 2."""
+    """Around a main(): a UserError, or the loss of another process, becomes one line on stderr and exit code 2."""
     try:
         yield
-    except UserError as error:
-        if str(error):  # of an error that all processes meet, the first has the words
-            line = str(error).splitlines()[-1].removeprefix("common.UserError: ")  # a loader's worker adds its traceback
-            print(f"error: {line}", file=sys.stderr, flush=True)
+    except (UserError, RuntimeError) as error:
+        line = str(error).rpartition("common.UserError: ")[2].strip()  # a loader's worker puts its traceback before it
+        if not isinstance(error, UserError):
+            line = next((f"{said}; the same command resumes" for seen, said in GONE.items() if re.search(seen, line)), None)
+            if line is None:
+                raise
+        if line and first_to_say(line):
+            print(f"error: {printable(line)}", file=sys.stderr, flush=True)
+        if not isinstance(error, UserError):  # an orderly end would wait for a dead process, or for a lock it died with
+            left = multiprocessing.active_children()
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whose handler, torch's, would raise the error anew
+            for worker in left:
+                worker.kill()
+            os._exit(2)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def first_to_say(line):
+    """Whether no other process has said it yet, as far as one can know."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # the store may have gone with the process that held it
+            return dist.distributed_c10d._get_default_store().add(line, 1) == 1
+    return True
+
+
+def printable(name):
+    """The same on one line, in any script: control characters and bytes that are no text are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def parse_args(parser, recipes):
@@ -701,8 +745,7 @@ def set_up(seed):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        timeout = datetime.timedelta(minutes=30)  # listing the images of a slow disk takes one process longer than another
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     torch.manual_seed(seed)
     return device
 
@@ -729,14 +772,19 @@ def seed_step(seed, step):
     return torch.Generator().manual_seed(rng.getrandbits(63))
 
 
-def write(path, save):
-    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens meanwhile."""
+def write(path, save, previous=None):
+    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens meanwhile.
+
+    previous: where the old file goes.
+    """
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__
@@ -746,6 +794,16 @@ def write(path, save):
         raise UserError(f"cannot write {path} ({reason}); what it held before is intact: free space, run again") from error
 
 
+def whole(path):
+    """Whether the checkpoint at `path` is there and holds the bytes that were written: torch.load does not look at their
+    checksums."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # whatever the bytes of the file make zipfile raise
+        return False
+
+
 def ignore_signals(_):
     """In data loading workers: a signal to the whole process group is the main process's to answer."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -753,9 +811,10 @@ def ignore_signals(_):
 
 
 class Run:
-    """A training run in args.out/args.name: log.jsonl, last.pt, backbone.pt. Resumes from last.pt if there is one."""
+    """A training run in args.out/args.name: log.jsonl, last.pt, backbone.pt. Resumes from last.pt if there is one; where
+    that is damaged, from previous.pt, the checkpoint before it."""
 
-    FREE = {"out", "workers", "save_minutes", "log_every"}  # flags that may change when a run is resumed
+    FREE = {"out", "name", "workers", "save_minutes", "log_every"}  # flags that may change when a run is resumed
 
     def __init__(self, args, model, optimizer, data, device):
         self.args, self.model, self.optimizer, self.data, self.device = args, model, optimizer, data, device
@@ -768,7 +827,13 @@ class Run:
         if not self.per_epoch:
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images of {args.data}")
         self.total, self.peak_lr = args.epochs * self.per_epoch, args.base_lr * args.batch_size / 256
-        self.control = dist.new_group(backend="gloo") if self.world > 1 else None  # for votes that no GPU waits for
+        # For votes that no GPU waits for
+        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
+        problem = [self.claim() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(problem, group=self.control)
+        if problem[0]:
+            self.fail(problem[0])
         if (self.folder / "last.pt").exists():
             self.resume(read_checkpoint(self.folder / "last.pt"))
         if self.world > 1:
@@ -779,13 +844,41 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, frame: setattr(self, "stop", number))
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             log = self.folder / "log.jsonl"
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            kept = []
+            for line in log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []:
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a crash of the machine may leave any bytes
+                    if line.endswith("\n") and json.loads(line)["step"] <= self.step:
+                        kept.append(line)
             write(log, lambda file: file.write("".join(kept).encode()))
             self.log_file = open(log, "a")
             self.describe()
+
+    def claim(self):
+        """Makes the folder this run's alone, with a whole last.pt if there is any. -> what prevents it, or None."""
+        name, last, previous = self.args.name, self.folder / "last.pt", self.folder / "previous.pt"
+        if name in ("", ".", "..") or "/" in name or not name.isprintable():
+            return f"--name {name!r} is no name of a folder in --out: take one without slashes and control characters"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
+        except OSError as error:
+            return f"cannot write in {self.folder} ({error}): give another --out"
+        try:
+            # The kernel drops a process's lock when it dies, however it dies; data loading workers, which may outlive it
+            # for seconds, do not inherit it, as they would one of flock(). NFS keeps it for all machines; where a file
+            # system has no locks, or keeps them for each machine alone, nothing but care prevents a second run.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return f"another run is at work in {self.folder}: wait for its end, or give another --name"
+        except OSError as error:
+            print(f"warning: cannot lock {self.folder} ({error}): start no second run in it", file=sys.stderr, flush=True)
+        if (last.exists() or previous.exists()) and not whole(last):
+            if not whole(previous):
+                return f"{last} is damaged, and there is no whole previous.pt: give another --name"
+            os.replace(previous, last)
+            print(f"warning: {last} was missing or damaged: previous.pt, the checkpoint before it, takes its place",
+                  file=sys.stderr, flush=True)
 
     def resume(self, state):
         now, then = {**vars(self.args), "images": len(self.data)}, state["args"]
@@ -819,8 +912,9 @@ class Run:
         """Yields a Batch on the device for each step left; saves as time goes by, on a signal and at the end."""
         args, cuda = self.args, self.device.type == "cuda"
         order = Batches(len(self.data), args.batch_size, self.step, self.total, args.seed, self.rank, self.world)
-        loader = torch.utils.data.DataLoader(Views(self.data, sample, args.seed), batch_sampler=order, pin_memory=cuda,
-                                             num_workers=args.workers, worker_init_fn=ignore_signals)
+        loader = torch.utils.data.DataLoader(  # forked workers share the data, and end soon after a parent that was killed
+            Views(self.data, sample, args.seed), batch_sampler=order, pin_memory=cuda, num_workers=args.workers,
+            worker_init_fn=ignore_signals, multiprocessing_context="fork" if args.workers else None)
         self.reset_clock()
         saved, vote = time.monotonic(), None
         asked = saved
@@ -831,21 +925,22 @@ class Run:
             yield Batch([v.to(self.device, non_blocking=True) for v in views],
                         *(t.to(self.device, non_blocking=True) for t in rest))
             self.step += 1
-            stop = self.stop
+            wish = self.stop or int(time.monotonic() - saved >= 60 * args.save_minutes)  # a signal, or 1: save, or 0
             if self.world > 1:
-                # All must stop at one step, though signals reach them at different ones: a vote that is called at
-                # each step and read at the next, so that nobody waits.
+                # All must save and stop at one step, though signals and clocks tell them at different ones: a vote that
+                # is called at each step and read at the next, so that nobody waits.
+                asked = 0
                 if vote:
                     vote[1].wait()
-                ballot, stop = torch.tensor(self.stop), int(vote[0]) if vote else 0
-                vote = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.control, async_op=True)
-            last = stop or self.step == self.total
-            if self.rank == 0 and (last or time.monotonic() - saved >= 60 * args.save_minutes):
-                self.save(last)
+                    asked = int(vote[0])
+                ballot = torch.tensor(self.stop if asked else wish)  # what is granted is not asked for again
+                vote, wish = (ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.control, async_op=True)), asked
+            if wish or self.step == self.total:
+                self.save(must=wish > 1 or self.step == self.total)
                 saved = time.monotonic()
-            if stop:
+            if wish > 1:
                 if self.rank == 0:
-                    print(f"{signal.Signals(stop).name}: saved at step {self.step}; the same command resumes", flush=True)
+                    print(f"{signal.Signals(wish).name}: saved at step {self.step}; the same command resumes", flush=True)
                 sys.exit(0)
             asked = time.monotonic()
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -857,7 +952,13 @@ class Run:
     def note_broken(self, indices):
         for index in set(indices[indices >= 0].tolist()) - self.broken:
             self.broken.add(index)
-            print(f"warning: cannot read {self.data.name(index)}; another takes its place", file=sys.stderr, flush=True)
+            why = "but now it can be read"
+            try:
+                self.data.load(index)  # once more, as the reason stayed in the worker
+            except Exception as error:
+                why = str(error) or type(error).__name__
+            print("warning:", printable(f"cannot read {self.data.name(index)} ({why}); another takes its place"),
+                  file=sys.stderr, flush=True)
 
     def check_broken(self):
         if self.world > 1:
@@ -899,8 +1000,11 @@ class Run:
             eta = (self.total - step) / rate
             line = dict(step=step, epoch=step / self.per_epoch, **line, broken=len(self.broken), eta_s=eta,
                         images_per_s=rate * self.args.batch_size, data_wait=self.waited / seconds, memory_gb=memory / 1e9)
-            self.log_file.write(json.dumps(line) + "\n")
-            self.log_file.flush()
+            try:
+                self.log_file.write(json.dumps(line) + "\n")
+                self.log_file.flush()
+            except OSError as error:  # the line stays in the buffer, to go out with a later one
+                print(f"warning: cannot write to {self.folder / 'log.jsonl'} ({error})", file=sys.stderr, flush=True)
             print(f"epoch {line['epoch']:.2f}/{self.args.epochs}", *(f"{k} {line[k]:.4g}" for k in metrics),
                   f"{line['images_per_s']:.0f} img/s", f"wait {line['data_wait']:.0%}", f"{line['memory_gb']:.1f} GB",
                   f"eta {eta // 3600:.0f}:{eta % 3600 / 60:02.0f} h", *[f"broken {len(self.broken)}"] * bool(self.broken),
@@ -913,14 +1017,19 @@ class Run:
                 "step: try a lower --base-lr or --no-bf16 under another --name")
 
     def save(self, must):
-        """last.pt and backbone.pt, if all weights are finite. A failure to write is fatal only if it `must` succeed."""
+        """last.pt and backbone.pt, if all weights are finite. A failure to write is fatal only if it `must` succeed.
+
+        All processes call it, so that they find out together where weights are not finite; the first one writes.
+        """
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise UserError(self.diverged(self.metrics))
+            self.fail(self.diverged(self.metrics))
+        if self.rank:
+            return
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
                      broken=sorted(self.broken), args={**vars(self.args), "images": len(self.data)})
         try:
             write(self.folder / "backbone.pt", lambda file: torch.save(self.model.backbone.state_dict(), file))
-            write(self.folder / "last.pt", lambda file: torch.save(state, file))
+            write(self.folder / "last.pt", lambda file: torch.save(state, file), self.folder / "previous.pt")
         except UserError as error:
             if must:
                 raise

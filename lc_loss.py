@@ -31,7 +31,7 @@ Differences
  6. The paper lists projections of 4096 and predictions of 256 dimensions; BYOL's, which it says it uses, have 4096 hidden
     and 256 output units each: those.
  7. The local branch has a ReLU after its BatchNorm, as BYOL's projector; from BYOL's code, no bias in last layers.
- 8. cifar10 and shapes are this project's own recipes.
+ 8. cifar10 and shapes are this project's own recipes; shapes has alpha 0.5, as Appendix B has it for DINO.
  9. As in vicreg.py: LARS neither decays nor scales biases and normalisation, residual branches start at zero, incomplete
     batches are dropped, a linear classifier on detached representations reports accuracy while training.
 """
@@ -208,11 +208,11 @@ class BYOL(nn.Module):
 
 RECIPES = {  # chosen by --data; any other data set gets imagenet's
     "imagenet": dict(arch="resnet50", size=224, projector="4096-256", epochs=400, batch_size=4096, base_lr=0.3,
-                     final_lr=0.0, weight_decay=1e-6, warmup_epochs=10, momentum=0.996),  # Section 4.1
+                     final_lr=0.0, weight_decay=1e-6, warmup_epochs=10, momentum=0.996, alpha=0.1),  # Section 4.1
     "cifar10": dict(arch="resnet18", size=32, projector="4096-256", epochs=600, batch_size=1024, base_lr=0.3,
-                    final_lr=0.0, weight_decay=1e-6, warmup_epochs=10, momentum=0.996),
+                    final_lr=0.0, weight_decay=1e-6, warmup_epochs=10, momentum=0.996, alpha=0.1),
     "shapes": dict(arch="tiny_convnet", size=64, projector="1024-256", epochs=7, batch_size=128, base_lr=8.0,
-                   final_lr=0.0, weight_decay=1e-6, warmup_epochs=1, momentum=0.99),
+                   final_lr=0.0, weight_decay=1e-6, warmup_epochs=1, momentum=0.97, alpha=0.5),
 }
 
 
@@ -258,7 +258,7 @@ def main():
     with common.one_line_errors():
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--projector", help="hidden and output width of projector and predictor")
-        parser.add_argument("--alpha", type=float, default=0.1, help="weight of the local loss; 0: BYOL's alone")
+        parser.add_argument("--alpha", type=float, help="weight of the local loss; 0: BYOL's alone")
         parser.add_argument("--local-loss", default="contrastive", choices=["contrastive", "mse"])
         parser.add_argument("--temperature", type=float, default=0.1)
         parser.add_argument("--momentum", type=float, help="of the target network at the start; 1 at the end")

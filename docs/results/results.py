@@ -1,0 +1,108 @@
+"""The runs behind README's table of results: their commands, and the table made from what they left.
+
+    python docs/results/results.py run [NAME ...]      # trains and evaluates what is missing, in runs/results; resumes
+    python docs/results/results.py collect             # copies commands, thinned logs and evaluations to docs/results
+    python docs/results/results.py table               # prints README's table from docs/results
+"""
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
+SEEDS = 0, 1, 2
+TRAINING = {  # name: what the table calls it, its command
+    "vicreg": ("VICReg", "vicreg.py"),
+    "vicreg-no-var": ("without variance", "vicreg.py --var-coeff 0"),
+    "vicreg-no-cov": ("without covariance", "vicreg.py --cov-coeff 0"),
+    "vicregl-1": ("VICRegL, alpha 1", "vicregl.py --alpha 1"),
+    "vicregl-0.75": ("alpha 0.75", "vicregl.py --alpha 0.75"),
+    "lc_loss-0": ("LC-loss, alpha 0: BYOL", "lc_loss.py --alpha 0"),
+    "lc_loss-0.1": ("alpha 0.1", "lc_loss.py --alpha 0.1"),
+    "lc_loss-mse": ("alpha 0.1, MSE", "lc_loss.py --alpha 0.1 --local-loss mse"),
+    "cribo-image": ("CrIBo, images alone: DINO", "cribo.py --no-object --no-cross-image"),
+    "cribo-object": ("with objects across views", "cribo.py --no-cross-image"),
+    "cribo": ("and across images", "cribo.py"),
+    "bagssl-vicreg": ("BagSSL, VICReg", "bagssl.py --loss vicreg"),
+    "bagssl-tcr": ("TCR", "bagssl.py --loss tcr"),
+    "bagssl-simclr": ("SimCLR", "bagssl.py --loss simclr"),
+    "bagssl-spectral": ("spectral", "bagssl.py --loss spectral"),
+}
+PROTOCOLS = {  # each method's evaluations: those that its paper's claim is about
+    "vicreg": {},
+    "vicregl": {"segment": "--steps 300 --layers 4", "correspond": ""},
+    "lc_loss": {"correspond": ""},
+    "cribo": {"retrieve": "--subsample 128", "correspond": ""},
+    "bagssl": {"bag": "--bags 1 4 16 64 --lr 1"},
+}
+COLUMNS = {  # file: row, column
+    "k-NN": ("knn", 0, "20-NN"), "segmentation": ("segment", "best", "mIoU"), "retrieval": ("retrieve", 0, "mIoU"),
+    "correspondence": ("correspond", 0, "flip"), "centre patch": ("bag", "bag of 1", "20-NN"),
+    "bag of 4": ("bag", "bag of 4", "20-NN"), "of 16": ("bag", "bag of 16", "20-NN"), "of 64": ("bag", "bag of 64", "20-NN"),
+}
+
+
+def commands(name, seed):
+    """{the result that it leaves: the command}, for a run: training, then evaluations."""
+    folder, script = f"{name}-s{seed}", TRAINING[name][1]
+    train = f"python {script} --epochs 3 --workers 1 --log-every 10 --seed {seed} --out runs/results --name {folder}"
+    evaluate = f"python evaluate.py {{}} --checkpoint runs/results/{folder} --workers 1 {{}}"
+    protocols = PROTOCOLS[script.split(".")[0]].items()
+    return {"knn": train, **{protocol: evaluate.format(protocol, flags).rstrip() for protocol, flags in protocols}}
+
+
+def run(*names):
+    for seed in SEEDS:
+        for name in names or TRAINING:
+            for result, command in commands(name, seed).items():
+                if not (RUNS / f"{name}-s{seed}" / f"{result}.json").exists():
+                    print(command, flush=True)
+                    words = [sys.executable, *shlex.split(command)[1:]]
+                    subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+
+
+def collect():
+    for name in TRAINING:
+        for seed in SEEDS:
+            source, place = RUNS / f"{name}-s{seed}", KEPT / name / f"seed{seed}"
+            if all((source / f"{result}.json").exists() for result in commands(name, seed)):
+                place.mkdir(parents=True, exist_ok=True)
+                (place / "commands.txt").write_text("\n".join(commands(name, seed).values()) + "\n")
+                lines = (source / "log.jsonl").read_text().splitlines(keepends=True)
+                step = -(-len(lines) // 300)
+                (place / "log.jsonl").write_text("".join(lines[(len(lines) - 1) % step::step]))  # with the last one
+                for result in commands(name, seed):
+                    shutil.copy(source / f"{result}.json", place)
+
+
+def cell(places, file, row, column):
+    """Mean and standard deviation over seeds of one number in each seed's file; nothing where it was not measured."""
+    values = []
+    for path in (place / f"{file}.json" for place in places):
+        if path.exists():
+            (rows,) = json.loads(path.read_text()).values()
+            values.append(rows[row if row in rows else list(rows)[0]][column])
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else ""
+
+
+def table():
+    lines = [["", "command", *COLUMNS, "seeds"], ["---"] * (len(COLUMNS) + 3)]
+    for name, (label, command) in TRAINING.items():
+        places = sorted((KEPT / name).glob("seed*"))
+        if places:
+            lines.append([label, f"`{command}`", *(cell(places, *where) for where in COLUMNS.values()), str(len(places))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    command, *names = sys.argv[1:]
+    if command == "table":
+        print(table(), end="")
+    else:
+        {"run": run, "collect": collect}[command](*names)

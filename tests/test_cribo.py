@@ -227,8 +227,11 @@ def test_nearest_is_by_cosine_in_chunks(dtype):
     for chunk in (1, 7, 50, 64):
         agree = (nearest(queries, rows, chunk) == expected).float().mean()
         assert agree == 1 if dtype == torch.float32 else agree > 0.9
+    close = 1 + 1e-3 * rows  # of which bfloat16 would take the cosines for one
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(nearest(queries, rows), nearest(queries, rows, 7))
+        in_autocast = nearest(close[:20].float(), close.float())
+    assert in_autocast.tolist() == nearest(close[:20].float(), close.float()).tolist()
+    assert dtype == torch.bfloat16 or in_autocast.tolist() == list(range(20))
     same = torch.ones(1, 6)
     assert nearest(same, same.expand(5, -1), 2).tolist() == [0]  # of equals the first
     assert nearest(queries[:0], rows).shape == (0,)
@@ -449,7 +452,7 @@ def test_no_gradient_reaches_the_teacher(arch):
     (loss + logits.sum()).backward()
     for name, p in model.named_parameters():
         fixed = not name.startswith("student.") or name.endswith("original0")
-        assert (p.grad is None) == fixed, name
+        assert (p.grad is None) == fixed == (not p.requires_grad), name
     model.zero_grad()
     model.student(x, assignment)[2].sum().backward()
     seen = [name for name, p in model.student.named_parameters() if p.grad is not None]

@@ -10,22 +10,25 @@ The image is then the mean of its patches' embeddings, taken before the projecto
 
     python bagssl.py                                                   # a demonstration: scenes made in memory, on a CPU
     python bagssl.py --data cifar10 --loss tcr                         # one GPU: also vicreg, simclr, spectral
-    torchrun --nproc_per_node=8 bagssl.py --data imagenet              # eight: the paper's run
+    torchrun --nproc_per_node=8 bagssl.py --data imagenet              # eight: Appendix C.3
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 bagssl.py --data imagenet
     python evaluate.py bag --checkpoint runs/bagssl-cifar10            # bags of 1, 4, 16, 64 and 256 patches
 
     Eq. (6)       spectral_loss                     Appendix C.1-C.3  RECIPES, COEFFICIENTS, total_coding_rate, nt_xent
     Eq. (7)       total_coding_rate, covariance     Appendix C.4      local_aggregation
+    In all that vicreg_loss() is made of, equations, Algorithm 1 and Appendix B are those of VICReg, arXiv:2105.04906.
 
 Differences
  1. Written from the paper's appendix alone. Not in it: TCR's formula (its authors' EMP-SSL has this one: the mean of both
     patches' rates, each with l2-normalised embeddings), the patches' scale of 0.2 (14 x 14 of 32 x 32 on CIFAR), and
     that the bag is a plain mean, without normalisation before it.
  2. Patches are squares: Appendix D's "scale 0.1" is 71 x 71 of 224 x 224. They are resized to --size, on CIFAR from 14 to
-    32 pixels, which the appendix leaves open. A range, `--patch-scale 0.08-1`, draws crops as BYOL does.
- 3. With `--patches` above 2 the loss is the mean over all pairs, since the objectives model p(x_1, x_2).
- 4. Eq. (6) is estimated without bias: its second mean is over patches of different images. Embeddings enter as they are:
-    the optimum, w z_1^T z_2 = p(x_1, x_2) / (p(x_1) p(x_2)), is out of reach of unit vectors.
+    32 pixels, which the appendix leaves open. A range, `--patch-scale 0.08-1`, draws crops as BYOL does: Appendix D's "multi-scale".
+ 3. With `--patches` above 2 the loss is the mean over all pairs, since the objectives model p(x_1, x_2), and BYOL's two
+    colour augmentations alternate. All patches go through the network as one batch, for BatchNorm too.
+ 4. Eq. (6) is estimated without bias: its second mean is over patches of different images. Embeddings have length one, as
+    Appendix B assumes. Without that the optimum, w z_1^T z_2 = p(x_1, x_2) / (p(x_1) p(x_2)), would be in reach, but
+    training starts from losses of 1e5 with the 8192-wide projector, and then stays long with the constant solution.
  5. The first equality of Eq. (7) holds up to the constant N - d. "1/d I_N" below it must read N/d I_d.
  6. Learning rates are read as base rates for a batch of 256, as in vicreg.py. imagenet's lambda of TCR is imagenet100's.
     shapes is this project's own recipe.
@@ -33,7 +36,7 @@ Differences
     average what there is, so that both give 2 x 2.
  8. As in vicreg.py: no bias in the projector's last layer, LARS neither decays nor scales biases and normalisation,
     residual branches start at zero, incomplete batches are dropped. The linear classifier that reports accuracy while
-    training sees the bag of an image's --patches patches.
+    training sees the bag of an image's --patches patches; the k-NN at the end, as everywhere, sees whole images.
 """
 import argparse
 import itertools
@@ -79,9 +82,12 @@ def image_side(patch, scale):
 def patch_grid(pixels, patch, count):
     """A dense grid of `count` (1, 4, 9, ...) square patches in a square image, from border to border; one: in the centre.
 
-    pixels, patch: the sides of both -> boxes [(top, left, height, width), ...] in pixels, row by row.
+    pixels, patch: the sides of both -> boxes [(top, left, height, width), ...] in pixels, row by row. ValueError unless
+    `count` is a square.
     """
     grid, room = math.isqrt(count), pixels - patch
+    if count < 1 or grid ** 2 != count:
+        raise ValueError(f"{count} patches are no square grid")
     starts = [round(room * i / (grid - 1)) for i in range(grid)] if grid > 1 else [room // 2]
     return [(top, left, patch, patch) for top in starts for left in starts]
 
@@ -235,7 +241,7 @@ def pair_loss(z_a, z_b, objective, *coefficients):
         tcr = (total_coding_rate(unit_a, eps) + total_coding_rate(unit_b, eps)) / 2
         return -(lam * sim + tcr), {"sim": sim, "tcr": tcr}
     loss = {"simclr": nt_xent, "spectral": spectral_loss}[objective]
-    return loss(z_a, z_b, *coefficients), {"sim": sim}
+    return loss(unit_a, unit_b, *coefficients), {"sim": sim}
 
 
 def bag_loss(embeddings, objective="vicreg", *coefficients):

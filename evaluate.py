@@ -35,7 +35,8 @@ Differences
     has Adam with 8e-4, 3e-4, 1e-4, 8e-5 (`--lr`). VICRegL's ConvNeXts and ViTs are `--layers 4`. Evaluation is of whole
     images with the short side at --size.
  4. On the CPU, networks with BatchNorm that are trained here (--finetune, FCN) use each process's own statistics.
- 5. bag looks at the central square, whole; its linear accuracy is the best of --lr, on features held in memory.
+ 5. bag looks at all of the central square; its linear accuracy is the best of --lr, on features that every process holds
+    in memory: 5 GB a bag for a ResNet-50 with an 8192-wide projector on ImageNet-100, too much on ImageNet.
 """
 import argparse
 import concurrent.futures
@@ -777,8 +778,8 @@ def bag(backbone, train, val, args, device):
     table = {}
     with torch.no_grad():
         aggregated = whole(backbone.eval(), torch.zeros(1, 3, args.size, args.size, device=device)).shape[1] - backbone.dim
-    accuracies(["whole image", "local aggregation"], [backbone.dim, aggregated], args.size, read=whole)
-    widths = [backbone.dim] + [projector[-1].out_features] * bool(projector)
+    accuracies(["whole image", "local aggregation"], [backbone.dim, aggregated], args.size, read=whole, view=whole_view)
+    widths = [backbone.dim, *([projector[-1].out_features] if projector else [])]
     for count in args.bags:
         read = functools.partial(lambda _, x, count: bagssl.image_embedding(embed, x, args.size, count), count=count)
         names = [f"bag of {count}{space}" for space in spaces]
@@ -809,6 +810,9 @@ def load(args):
         run = flags if isinstance(flags, dict) else {}
     args.data = args.data or run.get("data", "shapes")
     dense = args.protocol == "segment" and args.data != "shapes"
+    if args.protocol == "bag" and args.patch_scale is None:  # that of the run, if it has one and no range
+        scale = str(run.get("patch_scale", 0.2))
+        args.patch_scale = 0.2 if "-" in scale else float(scale)
     args.size = args.size or (512 if dense else run.get("size", 224))  # 512: VICRegL D.2, CrIBo A.2
     args.bf16 = run.get("bf16", common.has_bf16()) if args.bf16 is None else args.bf16
     if args.checkpoint == "random":
@@ -872,7 +876,17 @@ def parse_args():
     flag = command(retrieve)
     flag("--subsample", type=int, nargs="+", default=[1, 8, 64, 128], help="one of so many training images is used")
     flag("--chunk", type=int, default=1000, help="validation images held in memory at a time")
+    flag = command(bag)
+    flag("--bags", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="numbers of patches, squares")
+    flag("--patch-scale", type=float, help="a patch's share of the area; default: that of the run, or 0.2")
+    flag("--lr", type=float, nargs="+", default=[30, 10, 1, 0.3, 0.1, 0.03, 0.02, 0.01], help="all are trained at once")
+    flag("--epochs", type=int, help="of linear classifiers; default: 100")
+    flag("--batch-size", type=int, default=256)
     args = parser.parse_args()
+    if args.protocol == "bag" and not all(n > 0 and math.isqrt(n) ** 2 == n for n in args.bags):
+        raise common.UserError(f"--bags {' '.join(map(str, args.bags))}: patches are a grid, so their numbers are squares")
+    if args.protocol == "bag" and not 0 < (args.patch_scale or 0.2) <= 1:
+        raise common.UserError(f"--patch-scale {args.patch_scale}: give a share of the area, up to 1")
     if args.protocol == "linear" and (args.finetune != bool(args.labels) or args.finetune and not args.augment):
         raise common.UserError("--finetune and --labels go together, and not with --no-augment (VICReg B.3)")
     return args
@@ -883,7 +897,8 @@ def main():
         args = parse_args()
         device = common.set_up(seed=0)
         backbone, path = load(args)
-        kept = ("arch", "size", "finetune", "labels", "augment", "layers", "head", "steps", "epochs", "batch_size")
+        kept = ("arch", "size", "finetune", "labels", "augment", "layers", "head", "steps", "epochs", "batch_size",
+                "patch_scale")
         setting = ", ".join(f"{key} {vars(args)[key]}" for key in kept if vars(args).get(key) is not None)
         rows = args.run(backbone.to(device), *open_parts(args), args, device)
         report(f"{args.protocol} of {args.checkpoint} on {args.data}, % ({setting})", rows, path)

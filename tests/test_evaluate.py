@@ -14,6 +14,7 @@ import torchvision
 from helpers import make_images, on_processes, script, user_error
 from PIL import Image
 
+import bagssl
 import common
 import evaluate
 
@@ -105,6 +106,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, word):
     ("knn", 60, "20-NN"), ("linear --epochs 1 --batch-size 16", 60, "top-1"), ("fewshot", 300, "accuracy"),
     ("linear --finetune --labels 0.1 --epochs 1 --batch-size 4", 60, "top-1"), ("segment --steps 2", 20, "mIoU"),
     ("retrieve --subsample 1 4", 8, "mIoU"), ("correspond", 20, "flip"),
+    ("bag --bags 1 4 --epochs 1 --batch-size 16", 60, "20-NN"),
 ])
 def test_every_protocol_on_shapes(tmp_path, monkeypatch, capsys, command, length, column):
     monkeypatch.chdir(tmp_path)
@@ -118,11 +120,45 @@ def test_every_protocol_on_shapes(tmp_path, monkeypatch, capsys, command, length
     assert all(0 <= row[column] <= 100 for row in rows.values())
 
 
-@pytest.mark.parametrize("flags,words", [("--finetune", "go together"), ("--labels 0.1", "go together"),
-                                         ("--batch-size 99999", "at most the 10000 training images")])
+@pytest.mark.parametrize("flags,words", [
+    ("linear --finetune", "go together"), ("linear --labels 0.1", "go together"),
+    ("linear --batch-size 99999", "at most the 10000 training images"),
+    ("bag --bags 4 8", "squares"), ("bag --bags 0", "squares"), ("bag --patch-scale 1.5", "share of the area"),
+])
 def test_flags_that_cannot_be(monkeypatch, capsys, flags, words):
-    args = f"linear --checkpoint random --arch tiny_convnet --size 32 --workers 0 {flags}".split()
+    args = f"{flags} --checkpoint random --arch tiny_convnet --size 32 --workers 0".split()
     assert words in user_error(evaluate.main, monkeypatch, capsys, *args)
+
+
+def test_bag_of_a_run(tmp_path, monkeypatch, capsys):
+    """Against patches cut one by one, with the scale, the size and the projector of the run."""
+    for split, count in (("train", 9), ("val", 5)):
+        coloured(tmp_path / "data" / split, count, 0)
+    torch.manual_seed(0)
+    model = bagssl.BagSSL(common.build_backbone("tiny_convnet", 16), (8, 5)).eval()
+    flags = dict(arch="tiny_convnet", size=16, patch_scale="0.25", data=str(tmp_path / "data"), bf16=False)
+    torch.save({"model": model.state_dict(), "args": flags}, tmp_path / "last.pt")
+    monkeypatch.setattr(sys, "argv", f"evaluate.py bag --checkpoint {tmp_path} --bags 1 4 --workers 0 --batch-size 9".split())
+    evaluate.main()
+    (title, found), = json.loads((tmp_path / "bag.json").read_text()).items()
+    assert "patch_scale 0.25" in title and list(found)[:2] == ["whole image", "local aggregation"]
+    corners = {1: [(8, 8)], 4: [(0, 0), (0, 16), (16, 0), (16, 16)]}  # of patches of 16 in an image of 32
+
+    def features(split, count, layer):
+        rows, labels, data = [], [], common.open_data(str(tmp_path / "data"), split)
+        for i in range(len(data)):
+            whole = evaluate.to_input(common.cut(data.load(i), (0, 0, 20, 20), False, 32)[None], "cpu")
+            patches = torch.cat([whole[:, :, y:y + 16, x:x + 16] for y, x in corners[count]])
+            rows.append(layer(model.backbone(patches)[1]).mean(0))
+            labels.append(data.label(i))
+        return torch.stack(rows).detach(), torch.tensor(labels)
+
+    for count in corners:
+        for name, layer in (("", torch.nn.Identity()), (", after the projector", model.projector)):
+            (y, labels), (queries, targets) = (features(split, count, layer) for split in ("train", "val"))
+            predicted = evaluate.vote(*evaluate.nearest(queries, [(y, labels)], 20), 3)
+            expected = 100 * (predicted == targets).double().mean().item()
+            assert found[f"bag of {count}{name}"]["20-NN"] == pytest.approx(expected)
 
 
 # --- dense protocols -----------------------------------------------------------------------------------------------

@@ -557,7 +557,7 @@ def images(tmp_path_factory):
 
 
 def test_a_run_step_by_step(images, tmp_path, monkeypatch):
-    heads, trunks, placed = [], [], []
+    heads, trunks, seen, losses, clipped = [], [], [], [], []
 
     def update(self, momentum):
         head = self.student.head
@@ -566,9 +566,19 @@ def test_a_run_step_by_step(images, tmp_path, monkeypatch):
         return teacher(self, momentum)
 
     def forward(self, x, pos, *args):
-        placed.append(pos)
+        seen.append((x, pos))
         return whole(self, x, pos, *args)
-    teacher, whole = cribo.CrIBo.update_teacher, cribo.CrIBo.forward
+
+    def loss(teacher, student, centers, *args, **options):
+        losses.append((centers.clone(), [logits.mean(0) for logits in teacher[:2]]))
+        return total(teacher, student, centers, *args, **options)
+
+    def clip(parameters, limit):
+        clipped.append(limit)
+        return clip_(parameters, limit)
+    teacher, whole, total, clip_ = cribo.CrIBo.update_teacher, cribo.CrIBo.forward, cribo.cribo_loss, cribo.clip_gradients
+    monkeypatch.setattr(cribo, "cribo_loss", loss)
+    monkeypatch.setattr(cribo, "clip_gradients", clip)
     monkeypatch.setattr(cribo.CrIBo, "update_teacher", update)
     monkeypatch.setattr(cribo.CrIBo, "forward", forward)
     arguments = ["cribo.py", "--data", images, *SMALL, "--workers", 0, "--out", tmp_path]
@@ -581,7 +591,13 @@ def test_a_run_step_by_step(images, tmp_path, monkeypatch):
     views = common.Views(common.open_data(str(images)), lambda *a: cribo.sample_views(*a, size=32), 0)
     samples = [views[key] for key in next(iter(common.Batches(44, 8, 0, 5, 0)))]
     boxes, flips = (torch.stack([getattr(s, name) for s in samples]) for name in ("boxes", "flips"))
-    assert torch.equal(placed[0], cribo.joint_positions(boxes, flips, 4)) and flips.any() and not flips.all()
+    assert torch.equal(seen[0][1], cribo.joint_positions(boxes, flips, 4)) and flips.any() and not flips.all()
+    generator = common.seed_step(0, 0)
+    coloured = [common.Photometric(**colour)(torch.stack([s.views[i] for s in samples]), generator)
+                for i, colour in enumerate(cribo.COLOURS)]
+    assert torch.equal(seen[0][0], torch.cat(coloured)) and clipped == [3.0] * 15
+    for (before, means), (after, _) in zip(losses, losses[1:]):
+        torch.testing.assert_close(after, 0.9 * before + 0.1 * torch.stack(means), rtol=1e-4, atol=1e-6)
 
     folder = tmp_path / f"cribo-{images.name}"
     log = [json.loads(line) for line in open(folder / "log.jsonl")]
@@ -597,7 +613,9 @@ def test_a_run_step_by_step(images, tmp_path, monkeypatch):
         assert line["momentum"] == pytest.approx(1 - 0.05 * (1 + np.cos(np.pi * i / 15)))
     assert log[5]["lr"] == pytest.approx(0.1 * 8 / 256)
 
-    state = torch.load(folder / "last.pt", weights_only=True)["model"]
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [log[-1]["decay"], 0.0]
+    state = state["model"]
     backbone = common.load_backbone(folder).state_dict()
     saved = torch.load(folder / "backbone.pt", weights_only=True)
     assert any(not torch.equal(value, state[f"student.backbone.{key}"]) for key, value in backbone.items())

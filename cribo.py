@@ -235,21 +235,19 @@ def distillation_loss(teacher_logits, student_logits, center, teacher_temp, stud
     teacher's; valid (2M,) bool: which of the teacher's count, by default all. Means are over the valid rows of all
     processes: each returns G times its share, so that DDP's average of gradients is that of one process. 0 without any.
     """
-    loss = 0.0
-    with torch.autocast(student_logits.device.type, enabled=False):
-        if valid is None:
-            valid = torch.ones(len(teacher_logits), dtype=torch.bool, device=teacher_logits.device)
-        count = valid.view(2, -1).sum(1).float()  # (2,): Z_1 and Z_2 in Eq. (8)
-        if dist.is_initialized():
-            dist.all_reduce(count)  # a constant: nothing to differentiate
-            count = count / dist.get_world_size()
-        views = zip(teacher_logits.chunk(2), reversed(student_logits.chunk(2)), valid.chunk(2), count)
-        for teacher, student, counted, total in views:
-            teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (teacher.detach(), student))
-            p = F.softmax((teacher - center) / teacher_temp, dim=1)  # (M, L)  Eq. (5)
-            entropy = -(p * F.log_softmax(student / student_temp, dim=1)).sum(1)  # (M,)
-            loss = loss + torch.where(counted, entropy, 0).sum() / total.clamp(min=1e-6)  # Eqs. (6), (8), (10)
-        return loss
+    if valid is None:
+        valid = torch.ones(len(teacher_logits), dtype=torch.bool, device=teacher_logits.device)
+    count, loss = valid.view(2, -1).sum(1).float(), 0.0  # (2,): Z_1 and Z_2 in Eq. (8)
+    if dist.is_initialized():
+        dist.all_reduce(count)  # a constant: nothing to differentiate
+        count = count / dist.get_world_size()
+    views = zip(teacher_logits.chunk(2), reversed(student_logits.chunk(2)), valid.chunk(2), count)
+    for teacher, student, counted, total in views:
+        teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (teacher.detach(), student))
+        p = F.softmax((teacher - center) / teacher_temp, dim=1)  # (M, L)  Eq. (5)
+        entropy = -(p * F.log_softmax(student / student_temp, dim=1)).sum(1)  # (M,)
+        loss = loss + torch.where(counted, entropy, 0).sum() / total.clamp(min=1e-6)  # Eqs. (6), (8), (10)
+    return loss
 
 
 def cribo_loss(teacher, student, centers, teacher_temp, student_temp=0.1, terms=("image", "object", "cross_image")):

@@ -7,6 +7,7 @@
     python evaluate.py segment --checkpoint dino.pth --arch vit_small_patch16 --data voc [--layers 4] [--finetune]
     python evaluate.py retrieve --checkpoint cribo.pth --arch vit_small_patch16 --data voc --subsample 1 8 64 128
     python evaluate.py correspond --checkpoint runs/lc_loss-shapes
+    python evaluate.py bag --checkpoint runs/bagssl-cifar10 [--bags 1 16] [--patch-scale 0.2]
     torchrun --nproc_per_node=8 evaluate.py knn --checkpoint runs/vicreg-imagenet/backbone.pt --arch resnet50 --data imagenet
 
     knn         k nearest neighbours by cosine, by majority and weighted: VICReg, Appendix C.1
@@ -15,6 +16,7 @@
     segment     a linear or FCN head on local features: VICRegL D.2 and Table 8, CrIBo A.2
     retrieve    dense nearest neighbours: CrIBo, Section 4.1
     correspond  matches under a flip, and matches by location against matches by feature: LC-loss 4.6, VICRegL
+    bag         k-NN and linear on bags of patches, before and after the projector, and on local aggregation: BagSSL
 
 --checkpoint: a run folder, last.pt, backbone.pt, a state dict of torchvision or timm, a release of VICReg, VICRegL, DINO
 or CrIBo, or `random`, the untrained baseline. The table is added to PROTOCOL.json beside the checkpoint.
@@ -33,6 +35,7 @@ Differences
     has Adam with 8e-4, 3e-4, 1e-4, 8e-5 (`--lr`). VICRegL's ConvNeXts and ViTs are `--layers 4`. Evaluation is of whole
     images with the short side at --size.
  4. On the CPU, networks with BatchNorm that are trained here (--finetune, FCN) use each process's own statistics.
+ 5. bag looks at the central square, whole; its linear accuracy is the best of --lr, on features held in memory.
 """
 import argparse
 import concurrent.futures
@@ -52,6 +55,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import bagssl
 import common
 import vicreg
 import vicregl
@@ -61,7 +65,15 @@ import vicregl
 
 def center_view(rng, height, width, size):
     """The central square: 7/8 of the short side, as is usual on ImageNet, or all of it for images under 100 pixels."""
-    side = round(min(height, width) * (1 if size < 100 else 7 / 8))
+    return central_square(round(min(height, width) * (1 if size < 100 else 7 / 8)), height, width, size)
+
+
+def whole_view(rng, height, width, size):
+    """The central square of all of the short side."""
+    return central_square(min(height, width), height, width, size)
+
+
+def central_square(side, height, width, size):
     return [(((height - side) // 2, (width - side) // 2, side, side), False, size)]
 
 
@@ -70,28 +82,39 @@ def to_input(x, device):
     return common.normalize(x.to(device, non_blocking=True).float() / 255)
 
 
+def pooled(backbone, x):
+    return backbone(x)[1]
+
+
 @torch.no_grad()
-def features(backbone, data, size, device, bf16=False, workers=0, batch_size=256):
-    """Yields pooled representations (b, D) in float32, labels and indices (b,) of this process's share of `data`."""
+def features(backbone, data, size, device, bf16=False, workers=0, batch_size=256, read=pooled, view=center_view):
+    """Yields representations (b, D) in float32, labels and indices (b,) of this process's share of `data`.
+
+    read(backbone, images (b, 3, size, size)) -> (b, D); view: what is seen of an image.
+    """
     rank, world = common.rank_and_world()
     keys = [(0, i) for i in range(rank, len(data), world)]
-    views = common.Views(data, functools.partial(center_view, size=size), seed=0)
+    views = common.Views(data, functools.partial(view, size=size), seed=0)
     chunks = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     for chunk, batch in zip(chunks, torch.utils.data.DataLoader(views, batch_sampler=chunks, num_workers=workers)):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            y = backbone(to_input(batch.views[0], device))[1].float()
+            y = read(backbone, to_input(batch.views[0], device)).float()
         whole = batch.broken < 0  # an unreadable image has no part in a result
         for i in batch.broken[~whole].tolist():
             print(f"warning: cannot read {data.name(i)}; it is left out", file=sys.stderr, flush=True)
         yield y[whole.to(device)], batch.labels[whole].to(device), torch.tensor([i for _, i in chunk])[whole].to(device)
 
 
-def all_features(backbone, data, size, device, bf16, workers):
+def all_features(backbone, data, size, device, bf16, workers, **how):
     """The same of all processes' shares, in the order of the data: (n, D) and (n,)."""
-    parts = list(zip(*features(backbone, data, size, device, bf16, workers)))
+    parts = list(zip(*features(backbone, data, size, device, bf16, workers, **how)))
     y, labels, index = gather(*(torch.cat(part) for part in parts))
     i = index.argsort()
     return y[i], labels[i]
+
+
+def labelled(y, labels):
+    return y[labels >= 0], labels[labels >= 0]  # STL-10 has images without
 
 
 def all_sum(x):
@@ -171,8 +194,7 @@ def knn(backbone, train, val, size, device, bf16=False, workers=0, ks=(20, 200),
     backbone.eval()
     queries, targets = all_features(backbone, val, size, device, bf16, workers)
     shares = features(backbone, train, size, device, bf16, workers)
-    labelled = ((y[label >= 0], label[label >= 0]) for y, label, _ in shares)  # STL-10 has images without
-    similarity, labels = nearest_of_all(queries, labelled, max(ks))
+    similarity, labels = nearest_of_all(queries, (labelled(y, label) for y, label, _ in shares), max(ks))
     result = {}
     for k in ks:
         for name, t in ((f"{k}-NN", None), (f"{k}-NN weighted", temperature)):
@@ -282,40 +304,55 @@ def few_labels(data, share):
     return np.concatenate([m[:max(1, round(share * len(m)))] for m in members])
 
 
+def linear_heads(width, num_classes, count):
+    torch.manual_seed(0)
+    heads = [nn.Linear(width, num_classes) for _ in range(count)]
+    for head in heads:
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+    return heads
+
+
+def fit_linear(model, batches, total, lrs, backbone_lr, decay, args, device):
+    """fit() as linear classifiers are trained. Rates are for a batch of 256 and scale with --batch-size."""
+    scale = args.batch_size / 256
+    fit(model, batches, total, [lr * scale for lr in lrs], backbone_lr and backbone_lr * scale,
+        functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=decay),
+        lambda progress: common.cosine_schedule(progress, 1, 0, 1, 0), device)
+
+
+def linear_on_kept(y, labels, queries, targets, num_classes, args, device, epochs=100):
+    """Top-1 accuracy in % on queries (m, D) of linear classifiers fitted to y (n, D), one for each of args.lr."""
+    total = (args.epochs or epochs) * (len(y) // args.batch_size)
+    rows = ([i for _, i in batch] for batch in shuffled(len(y), total, args))
+    model = Heads(nn.Identity(), lambda _, y: y, linear_heads(y.shape[1], num_classes, len(args.lr)))
+    fit_linear(model, ((y[i], labels[i]) for i in rows), total, args.lr, None, 1e-6, args, device)
+    return [100 * (head(queries).argmax(1) == targets).double().mean().item() for head in model.heads]
+
+
 def linear(backbone, train, val, args, device):
     """Top-1 accuracy in % of linear classifiers on representations, one for each rate. VICReg B.3, VICRegL D.1.
 
     Semi-supervised with args.finetune and args.labels (0.01 or 0.1): the backbone is trained too. VICReg B.3.
     Without args.augment, the features of the training images' centres are computed once and kept.
-    Rates are for a batch of 256 and scale with --batch-size.
     """
+    if not args.augment:
+        parts = [all_features(backbone.eval(), data, args.size, device, args.bf16, args.workers) for data in (train, val)]
+        accuracy = linear_on_kept(*labelled(*parts[0]), *parts[1], len(train.classes), args, device)
+        return sweep_table(args.lr, "top-1", accuracy)
     lrs, backbone_lr, decay, epochs = args.lr, None, 1e-6, 100
-    chosen = np.flatnonzero([train.label(i) >= 0 for i in range(len(train))])  # STL-10 has images without
+    chosen = np.flatnonzero([train.label(i) >= 0 for i in range(len(train))])
     if args.finetune:
         backbone_lr, lr = {0.01: (0.03, 0.08), 0.1: (0.01, 0.1)}[args.labels]
         lrs, decay, epochs, chosen = [lr], 0.0, 20, few_labels(train, args.labels)
     total = (args.epochs or epochs) * (len(chosen) // args.batch_size)
-    scale = args.batch_size / 256
-    torch.manual_seed(0)
-    heads = [nn.Linear(backbone.dim, len(train.classes)) for _ in lrs]
-    for head in heads:
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
-    if args.augment:
-        order = ([(epoch, int(chosen[i])) for epoch, i in batch] for batch in shuffled(len(chosen), total, args))
-        views = common.Views(train, functools.partial(train_view, size=args.size), seed=0)
-        loader = torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=args.workers)
-        batches = ((to_input(batch.views[0], device), batch.labels.to(device)) for batch in loader)
-        model = Heads(backbone, lambda backbone, x: backbone(x)[1], heads, args.finetune, args.bf16)
-    else:
-        y, labels = all_features(backbone.eval(), train, args.size, device, args.bf16, args.workers)
-        y, labels = y[labels >= 0], labels[labels >= 0]
-        rows = ([i for _, i in batch] for batch in shuffled(len(y), total, args))
-        batches = ((y[i], labels[i]) for i in rows)
-        model = Heads(nn.Identity(), lambda _, y: y, heads)
-    fit(model, batches, total, [lr * scale for lr in lrs], backbone_lr and backbone_lr * scale,
-        functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=decay),
-        lambda progress: common.cosine_schedule(progress, 1, 0, 1, 0), device)
+    order = ([(epoch, int(chosen[i])) for epoch, i in batch] for batch in shuffled(len(chosen), total, args))
+    views = common.Views(train, functools.partial(train_view, size=args.size), seed=0)
+    loader = torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=args.workers)
+    batches = ((to_input(batch.views[0], device), batch.labels.to(device)) for batch in loader)
+    heads = linear_heads(backbone.dim, len(train.classes), len(lrs))
+    model = Heads(backbone, pooled, heads, args.finetune, args.bf16)
+    fit_linear(model, batches, total, lrs, backbone_lr, decay, args, device)
     right = torch.zeros(len(lrs) + 1, dtype=torch.float64, device=device)  # each head's hits, and the number of images
     for y, target, _ in features(backbone.eval(), val, args.size, device, args.bf16, args.workers):
         hits = [(head(y).argmax(1) == target).sum() for head in model.heads]
@@ -689,6 +726,64 @@ def correspond(backbone, data, args, device, num_matches=20, batch_size=64):
     right, locations, agree, kept, images = all_sum(sums).tolist()
     return {args.checkpoint: {"flip": 100 * right / locations, "location = feature": 100 * agree / max(kept, 1),
                               "chance": 100 * images / locations}}
+
+
+# --- bag -----------------------------------------------------------------------------------------------------------
+
+
+def load_projector(checkpoint):
+    """The projector in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None where there is none."""
+    state = {} if checkpoint == "random" else common.read_checkpoint(checkpoint).get("model", {})
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {key.removeprefix("projector."): value for key, value in state.items() if key.startswith("projector.")}
+    if not state:
+        return None
+    matrices = [value for value in state.values() if value.ndim == 2]
+    norm = nn.BatchNorm1d if any(key.endswith("running_mean") for key in state) else nn.LayerNorm
+    projector = vicregl.mlp(matrices[0].shape[1], *(len(matrix) for matrix in matrices), norm=norm)
+    projector.load_state_dict(state)
+    return projector.eval()
+
+
+def bag(backbone, train, val, args, device):
+    """20-NN and linear accuracy in % on bags of patches, before and after the projector. BagSSL.
+
+    First, for comparison, that on the whole image's representation and on its local aggregation (BagSSL, Appendix C.4).
+    args.bags: numbers of patches; args.patch_scale: a patch's share of the area; its input has args.size pixels.
+    """
+    projector = load_projector(args.checkpoint)
+    projector = projector and projector.to(device)
+    spaces = ["", ", after the projector"][:1 + bool(projector)]
+
+    def whole(backbone, x):
+        maps, y = backbone(x)
+        return torch.cat([y, bagssl.local_aggregation(maps)], 1)
+
+    def embed(x):
+        y = pooled(backbone, x)
+        return torch.cat([y, projector(y)], 1) if projector else y
+
+    def accuracies(names, widths, size, **how):
+        """A row for each name, on so many columns of the features that `how` describes."""
+        parts = [all_features(backbone.eval(), data, size, device, args.bf16, args.workers, **how) for data in (train, val)]
+        y, labels = labelled(*parts[0])
+        (queries, targets), (rank, world) = parts[1], common.rank_and_world()
+        for name, rows, q in zip(names, y.split(widths, 1), queries.split(widths, 1)):
+            neighbours = nearest_of_all(q, zip(rows[rank::world].split(4096), labels[rank::world].split(4096)), 20)
+            found = 100 * (vote(*neighbours, len(train.classes)) == targets).double().mean().item()
+            probes = linear_on_kept(rows, labels, q, targets, len(train.classes), args, device)
+            table[name] = {"20-NN": found, "linear": max(probes)}
+
+    table = {}
+    with torch.no_grad():
+        aggregated = whole(backbone.eval(), torch.zeros(1, 3, args.size, args.size, device=device)).shape[1] - backbone.dim
+    accuracies(["whole image", "local aggregation"], [backbone.dim, aggregated], args.size, read=whole)
+    widths = [backbone.dim] + [projector[-1].out_features] * bool(projector)
+    for count in args.bags:
+        read = functools.partial(lambda _, x, count: bagssl.image_embedding(embed, x, args.size, count), count=count)
+        names = [f"bag of {count}{space}" for space in spaces]
+        accuracies(names, widths, bagssl.image_side(args.size, args.patch_scale), read=read, view=whole_view)
+    return table
 
 
 # --- Command line --------------------------------------------------------------------------------------------------

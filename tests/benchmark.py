@@ -60,7 +60,7 @@ def clock(call):
     return time.perf_counter() - start
 
 
-def alternate(ours, baseline, pairs=None, seconds=16):
+def alternate(ours, baseline, pairs=None, seconds=12):
     """Seconds (median) of both, taking turns after a first call of each, and the median of the turns' ratios."""
     first = clock(ours) + clock(baseline)
     pairs = pairs or min(101, max(3, round(seconds / first)))
@@ -232,8 +232,8 @@ def coding_rate(side, n=1024, d=128, eps=0.2):
 
 # --- Training steps ------------------------------------------------------------------------------------------------
 
-IMAGES, ARCH, VIT, SIZE = (256, "resnet50", "vit_small_patch16", 224) if CUDA else (8, "resnet50", "vit_small_patch16", 224)
-PROJECTOR = 3 * [8192 if CUDA else 2048]
+IMAGES, PROJECTOR = (256, 3 * [8192]) if CUDA else (8, 3 * [2048])
+ARCH, VIT, SIZE = "resnet50", "vit_small_patch16", 224
 STEP = f"{IMAGES} images of {SIZE}, {{}}, " + ("bf16" if BF16 else "float32")
 
 
@@ -248,21 +248,6 @@ def boxes():
     return torch.tensor(box, dtype=torch.float32, device=DEVICE), torch.rand(IMAGES, 2, device=DEVICE) < 0.5
 
 
-def training_step(model, optimizer, colours, compute, after=lambda: None):
-    """One step on random images: colours, compute(views) -> loss, its gradient, update. As in the methods' train()."""
-    x = views(2)
-
-    def step():
-        generator = common.seed_step(0, 0)
-        loss = compute([colour(view, generator) for colour, view in zip(colours, x)])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        after()
-
-    return step
-
-
 def autocast():
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=BF16)
 
@@ -272,46 +257,51 @@ def on_device(model):
     return model.to(DEVICE, memory_format=torch.channels_last).train()
 
 
+def training_step(model, colours, forward, loss, optimizer=None, after=lambda: None):
+    """A step on two random views as in the methods' train(): colours, forward(views), loss(outputs), gradient, update."""
+    x, colours = views(2), [common.Photometric(**colour) for colour in colours]
+    optimizer = optimizer or common.LARS([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=1e-6)
+
+    def step():
+        generator = common.seed_step(0, 0)
+        inputs = [colour(view, generator) for colour, view in zip(colours, x)]
+        with autocast():
+            outputs = forward(inputs)
+        value = loss(outputs)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        after()
+
+    return step
+
+
 def vicreg_step():
     model = on_device(vicreg.VICReg(common.build_backbone(ARCH), PROJECTOR))
-
-    def compute(x):
-        with autocast():
-            z_a, z_b, _ = model(*x)
-        return vicreg.vicreg_loss(z_a, z_b)[0]
-
-    colours = [common.Photometric(**colour) for colour in vicreg.VIEWS["paper"][1:]]
-    return training_step(model, common.LARS(model.parameters(), lr=0.1), colours, compute)
+    return training_step(model, vicreg.VIEWS["paper"][1:], lambda x: model(*x), lambda out: vicreg.vicreg_loss(*out[:2])[0])
 
 
 def vicregl_step():
-    model, (box, flip) = on_device(vicregl.VICRegL(common.build_backbone(ARCH), PROJECTOR)), boxes()
-
-    def compute(x):
-        with autocast():
-            embeddings, maps, _ = model(x)
-        return vicregl.vicregl_loss(embeddings, maps, vicregl.map_positions(box, flip, maps))[0]
-
-    colours = 2 * [common.Photometric(jitter=vicregl.JITTER, blur_p=0.5, solarize_p=0.1)]
-    return training_step(model, common.LARS(model.parameters(), lr=0.1), colours, compute)
+    model, places = on_device(vicregl.VICRegL(common.build_backbone(ARCH), PROJECTOR)), boxes()
+    colours = 2 * [dict(jitter=vicregl.JITTER, blur_p=0.5, solarize_p=0.1)]
+    return training_step(model, colours, model, lambda out: vicregl.vicregl_loss(
+        *out[:2], vicregl.map_positions(*places, out[1]))[0])
 
 
-def byol_optimizer(model):
-    return common.LARS([p for p in model.parameters() if p.requires_grad], lr=0.1)
+def bagssl_step():
+    model = on_device(bagssl.BagSSL(common.build_backbone(ARCH), PROJECTOR))
+    return training_step(model, bagssl.COLOURS, model, lambda out: bagssl.bag_loss(out[0], "vicreg")[0])
 
 
 def lc_step():
     model, (box, flip) = on_device(lc_loss.BYOL(common.build_backbone(ARCH))), boxes()
     sizes = torch.tensor([[375, 500]], device=DEVICE).expand(IMAGES, -1)
 
-    def compute(x):
-        with autocast():
-            *outputs, _ = model(*x)
+    def loss(outputs):
         points = lc_loss.correspondences(box[:, 1], flip[:, 1], sizes, SIZE // model.backbone.stride)
-        return lc_loss.lc_loss(*outputs, *points)[0]
+        return lc_loss.lc_loss(*outputs[:6], *points)[0]
 
-    colours = [common.Photometric(**colour) for colour in lc_loss.COLOURS]
-    return training_step(model, byol_optimizer(model), colours, compute, lambda: model.update_target(0.996))
+    return training_step(model, lc_loss.COLOURS, lambda x: model(*x), loss, after=lambda: model.update_target(0.996))
 
 
 def byol_step():
@@ -319,15 +309,16 @@ def byol_step():
     model = on_device(lc_loss.BYOL(common.build_backbone(ARCH)))
     del model.local, model.target["local"]
 
-    def compute(x):
-        with autocast():
-            q = [model.predictor(model.projector(model.backbone(view)[1])) for view in x]
-            with torch.no_grad():
-                g = [model.target["projector"](model.target["backbone"](view)[1]) for view in x]
-        return lc_loss.byol_loss(q[0].float(), g[1].float()) + lc_loss.byol_loss(q[1].float(), g[0].float())
+    def forward(x):
+        q = [model.predictor(model.projector(model.backbone(view)[1])) for view in x]
+        with torch.no_grad():
+            return *q, *(model.target["projector"](model.target["backbone"](view)[1]) for view in x)
 
-    colours = [common.Photometric(**colour) for colour in lc_loss.COLOURS]
-    return training_step(model, byol_optimizer(model), colours, compute, lambda: model.update_target(0.996))
+    def loss(outputs):
+        q_c, q_sc, g_c, g_sc = (out.float() for out in outputs)
+        return lc_loss.byol_loss(q_c, g_sc) + lc_loss.byol_loss(q_sc, g_c)
+
+    return training_step(model, lc_loss.COLOURS, forward, loss, after=lambda: model.update_target(0.996))
 
 
 def cribo_step():
@@ -337,30 +328,18 @@ def cribo_step():
     model.bank.pushed.fill_(model.bank.objects.shape[1])
     pos = cribo.joint_positions(*boxes(), SIZE // student.backbone.stride)
 
-    def compute(x):
+    def forward(x):
         x = torch.cat(x)
-        with autocast():
-            assignment, _, _, teacher = model(x, pos)
-            *outputs, _ = student(x, assignment)
-        loss, _ = cribo.cribo_loss(teacher, outputs, model.centers, 0.07)
-        for center, seen in zip(model.centers, teacher):
+        assignment, _, _, teacher = model(x, pos)
+        return teacher, student(x, assignment)[:2]
+
+    def loss(outputs):
+        for center, seen in zip(model.centers, outputs[0]):
             cribo.update_center(center, seen)
-        return loss
+        return cribo.cribo_loss(*outputs, model.centers, 0.07)[0]
 
-    colours = [common.Photometric(**colour) for colour in cribo.COLOURS]
-    return training_step(student, cribo.make_optimizer(student), colours, compute, lambda: model.update_teacher(0.996))
-
-
-def bagssl_step():
-    model = on_device(bagssl.BagSSL(common.build_backbone(ARCH), PROJECTOR))
-
-    def compute(x):
-        with autocast():
-            embeddings, _ = model(x)
-        return bagssl.bag_loss(embeddings, "vicreg")[0]
-
-    colours = [common.Photometric(**colour) for colour in bagssl.COLOURS]
-    return training_step(model, common.LARS(model.parameters(), lr=0.1), colours, compute)
+    return training_step(student, cribo.COLOURS, forward, loss, cribo.make_optimizer(student),
+                         lambda: model.update_teacher(0.996))
 
 
 def backbone_alone(arch, teacher):
@@ -423,15 +402,19 @@ def photos(folder, count=16, width=500, height=375):
     return common.find_images(folder)
 
 
-FOLDER = tempfile.TemporaryDirectory()
+def on_one_thread(call):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    call()
+    torch.set_num_threads(threads)
 
 
-def loader(colours):
+def loader(colours, folder=tempfile.TemporaryDirectory()):  # noqa: B008
     """Two views of each of 16 files on one core: common.Views (and Photometric on the device) against torchvision's.
 
     Without `colours`, ours is what a worker of a GPU run does, where colours cost the CPU nothing.
     """
-    data = photos(FOLDER.name)
+    data = photos(folder.name)
     sample = functools.partial(vicreg.sample_views, area=(0.2, 1.0), size=224)
     dataset, colour = common.Views(data, sample, seed=0), common.Photometric(**vicreg.VIEWS["paper"][1])
     transform = T.Compose([
@@ -450,17 +433,7 @@ def loader(colours):
         torch.utils.data.default_collate([[transform(image), transform(image)] for image in images])
 
     size = f"{len(data)} JPEG of 500x375, {os.path.getsize(data.name(0)) / 1000:.0f} kB"
-    return size, one_thread(ours), one_thread(pillow)
-
-
-def one_thread(call):
-    def run():
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        call()
-        torch.set_num_threads(threads)
-
-    return run
+    return size, functools.partial(on_one_thread, ours), functools.partial(on_one_thread, pillow)
 
 
 def photometric():
@@ -564,7 +537,7 @@ def main():
     args = parser.parse_args()
     about, rows = machine(), {}
     print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in about.items()))
-    print("\n| row | size | baseline | ms, ours / baseline | time (goal) | peak MB, ours / baseline | memory (goal) | turns | |")
+    print("\n| row | size | baseline | ms, ours / theirs | time (goal) | peak MB, ours / theirs | memory (goal) | turns | |")
     print("| --- " * 9 + "|")
     for name in args.only:
         try:

@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -738,6 +739,27 @@ def has_bf16():
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
+def of_this_start(store, rank, world):
+    """The part of torchrun's store that is of this start alone.
+
+    The store outlives a restart (of torch 2.15 at least), and with it the addresses of the dead, to which some process
+    would try to connect. So each process draws a name, the first one lists the names until all processes have found
+    themselves in one and the same list, and that list is the part's name.
+    """
+    mine, agreed = os.urandom(8).hex(), None
+    store.set(f"name {rank}", mine)
+    while not agreed or store.add(agreed, 0) < world:
+        if rank == 0:
+            store.set("names", " ".join(store.get(f"name {r}").decode() for r in range(world)))
+        names = store.get("names").decode()
+        digest = hashlib.sha256(names.encode()).hexdigest()
+        if mine in names and digest != agreed:
+            agreed = digest
+            store.add(agreed, 1)
+        time.sleep(0.02)
+    return dist.PrefixStore(agreed, store)
+
+
 def set_up(seed):
     """Joins torchrun's process group (NCCL or gloo; none without a launcher), seeds, -> the device."""
     device = torch.device("cpu")
@@ -745,7 +767,9 @@ def set_up(seed):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=of_this_start(store, rank, world),
+                                rank=rank, world_size=world, timeout=TIMEOUT)
     torch.manual_seed(seed)
     return device
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_images, user_error
+from helpers import ROOT, kill_tree, make_images, user_error
 from PIL import Image
 
 import common
@@ -34,7 +34,7 @@ import vicregl
 
 METHODS = ["vicreg", "vicregl", "lc_loss"]
 SMALL = ("--arch", "tiny_convnet", "--size", 16, "--projector", "32-16", "--batch-size", 8, "--base-lr", 1,
-         "--warmup-epochs", 1, "--epochs", 8, "--log-every", 1, "--save-minutes", 0, "--no-bf16")  # with 44 images: 5 steps an epoch, 40 in all
+         "--warmup-epochs", 1, "--epochs", 8, "--log-every", 1, "--save-minutes", 0, "--no-bf16")  # 44 images: 40 steps
 STEPS = 40
 EXTRA = {"vicreg": (), "vicregl": ("--local-projector", "16-16"), "lc_loss": ("--momentum", 0.99)}
 TIMING = ("images_per_s", "data_wait", "memory_gb", "eta_s")
@@ -260,6 +260,11 @@ def family(pid):
     return found
 
 
+def kill_a_process(run, rng):
+    """Of the training processes below a torchrun."""
+    os.kill(rng.choice(sorted(pid for pid, words in family(run.pid).items() if " --data " in words)), signal.SIGKILL)
+
+
 def method_name(command):
     return f"{command[0]}.py", *command[1:]
 
@@ -282,15 +287,13 @@ def undisturbed_pair(flags):
 def test_torchrun_restarts_a_killed_process(method, flags, undisturbed_pair, tmp_path):
     command = method_name(flags(method))
     run = torchrun(["--standalone", "--nproc_per_node=2", "--max-restarts=3"], *command, "--out", tmp_path, "--name", "cut")
-    for step in (7, 25):
-        begin = time.monotonic()
-        while len(lines(tmp_path / "cut")) < step:
-            assert run.poll() is None and time.monotonic() - begin < 100
-            time.sleep(0.02)
-        workers = [pid for pid, words in family(run.pid).items() if " --data " in words]
-        os.kill(random.Random(step).choice(sorted(workers)[:2]), signal.SIGKILL)
-    said = run.communicate(timeout=100)[0]
-    assert run.returncode == 0 and said.count("resumed at step") == 2, said
+    try:
+        wait_for(lambda: len(lines(tmp_path / "cut")) >= 13, seconds=100)
+        kill_a_process(run, random.Random(method))
+        said = run.communicate(timeout=100)[0]
+    finally:
+        kill_tree(run.pid)
+    assert run.returncode == 0 and said.count("resumed at step") == 1, said
     assert_same(undisturbed_pair(method), tmp_path / "cut")
 
 
@@ -299,11 +302,18 @@ def test_two_torchrun_agents_are_two_nodes(flags, undisturbed_pair, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         end = f"127.0.0.1:{free.getsockname()[1]}"
-    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={end}"]
-    agents = [torchrun(options, *method_name(flags("vicreg")), "--out", tmp_path, "--name", "nodes") for _ in range(2)]
-    for agent in agents:
-        said = agent.communicate(timeout=150)[0]
-        assert agent.returncode == 0, said
+    options = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv_id=1", "--rdzv_backend=c10d"]
+    agents = [torchrun([*options, f"--rdzv_endpoint={end}"], *method_name(flags("vicreg")), "--out", tmp_path, "--name",
+                       "nodes") for _ in range(2)]
+    try:
+        wait_for(lambda: len(lines(tmp_path / "nodes")) >= 13, seconds=100)
+        kill_a_process(agents[0], random.Random(0))
+        for agent in agents:
+            said = agent.communicate(timeout=150)[0]
+            assert agent.returncode == 0, said
+    finally:
+        for agent in agents:
+            kill_tree(agent.pid)
     assert_same(undisturbed_pair("vicreg"), tmp_path / "nodes")
 
 
@@ -404,8 +414,10 @@ def test_a_killed_data_worker_ends_the_run(flags, undisturbed, tmp_path):
     command = (*flags("vicreg"), "--out", tmp_path, "--name", "cut")
     run = Command(*command, "--workers", 2, said=tmp_path / "said")
     wait_for(lambda: len(lines(tmp_path / "cut")) >= 5, run)
-    os.kill(min(family(run.process.pid)), signal.SIGKILL)
-    assert run.end(40) == 2
+    workers = sorted(family(run.process.pid))
+    os.kill(workers[0], signal.SIGKILL)
+    assert run.end(40) == 2 and len(workers) == 2
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), seconds=2)
     (line,) = errors(run)
     assert "data loading process was killed" in line and common.whole(tmp_path / "cut" / "last.pt")
     again = Command(*command, said=tmp_path / "said")

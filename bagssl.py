@@ -23,7 +23,8 @@ Differences
     patches' rates, each with l2-normalised embeddings), the patches' scale of 0.2 (14 x 14 of 32 x 32 on CIFAR), and
     that the bag is a plain mean, without normalisation before it.
  2. Patches are squares: Appendix D's "scale 0.1" is 71 x 71 of 224 x 224. They are resized to --size, on CIFAR from 14 to
-    32 pixels, which the appendix leaves open. A range, `--patch-scale 0.08-1`, draws crops as BYOL does: Appendix D's "multi-scale".
+    32 pixels, which the appendix leaves open. A range, `--patch-scale 0.08-1`, draws crops as BYOL does, which makes
+    Appendix D's "multi-scale" model.
  3. With `--patches` above 2 the loss is the mean over all pairs, since the objectives model p(x_1, x_2), and BYOL's two
     colour augmentations alternate. All patches go through the network as one batch, for BatchNorm too.
  4. Eq. (6) is estimated without bias: its second mean is over patches of different images. Embeddings have length one, as

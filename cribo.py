@@ -11,7 +11,7 @@ be predicted from it too, where the match is trusted: where going to the neighbo
     python cribo.py --data imagenet --batch-size 128                   # one GPU
     torchrun --nproc_per_node=8 cribo.py --data imagenet               # eight: the paper's ViT-S/16
     torchrun --nproc_per_node=8 cribo.py --data imagenet --arch vit_base_patch16 --epochs 400         # its ViT-B/16
-    torchrun --nproc_per_node=8 cribo.py --data coco                   # ViT-S/16 on the images of train2017 in coco/
+    torchrun --nproc_per_node=8 cribo.py --data coco                   # ViT-S/16; coco/ holds train2017 alone, or as train/
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 cribo.py --data imagenet
 
     Eq. (1)  object_representations     Eqs. (5)-(10)  distillation_loss     Table 5  --no-object --no-cross-image
@@ -30,11 +30,12 @@ Differences
     a process, not first within each image. B_j in Eq. (4), too, is the batch of all processes.
  5. From the released code: no cross-image term in the first epoch; the bank keeps the teacher's objects unnormalised.
     Ours: nor is there one before the bank is full. It has room for K objects of each of S images; those that are
-    discarded leave theirs to a few more images.
- 6. "Exactly the same as in DINO": its lr, 5e-4 * batch / 256, warmup, final lr 1e-5, weight decay from 0.04 to 0.4 but
+    discarded leave theirs to more images. It is kept in bfloat16 (`--bank-dtype`) and searched in float16.
+ 6. "Exactly the same as in DINO": for every backbone the defaults of DINO's code, from which its published runs depart here
+    and there: its lr, 5e-4 * batch / 256, warmup, final lr 1e-5, weight decay from 0.04 to 0.4 but
     for biases and normalisation, last layers with rows of norm one, frozen in the first epoch, centres with momentum 0.9,
     a teacher's temperature that rises from 0.04 to 0.07 in 30 epochs (here with each step), each parameter's gradient
-    clipped to norm 3 (`--clip-grad`), the same for ViT-B. Drop path is the student's only. Colours are DINO's; crops
+    clipped to norm 3 (`--clip-grad`). Drop path is the student's only. Colours are DINO's; crops
     have 25 to 100% of the image's area.
  7. A ResNet's global representation is its average; BatchNorm in the teacher uses the statistics of its own batch.
  8. A linear classifier on detached representations reports accuracy while training; incomplete batches are dropped;
@@ -123,7 +124,7 @@ def distances_to_clusters(distances, labels, num_objects):
     none = d.isinf()
     mean = d.masked_fill(none, 0).mean((1, 2), keepdim=True)  # (B, 1, 1)
     d = torch.where(none, mean, d)
-    return d / d.amax((1, 2), keepdim=True)
+    return d / d.amax((1, 2), keepdim=True).clamp(min=1e-12)  # 0 where all locations are one
 
 
 @torch.no_grad()
@@ -176,20 +177,20 @@ def object_representations(z_1, z_2, assignment):
 def nearest(queries, rows, chunk=32768):
     """The index (M,) of the row (S, D) that has the largest cosine similarity to each query (M, D). Eq. (2).
 
-    No more than M x chunk similarities exist at a time. Products are of numbers in the dtype of `rows`, summed in float32:
-    a similarity in bfloat16 could not tell thousands of neighbours apart.
+    No more than M x chunk similarities exist at a time. Rows of 16 bits are sought as float16 and summed in float32: unit
+    vectors in bfloat16 would swap several times as many near neighbours.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        queries = F.normalize(queries.float(), dim=1).to(rows.dtype)
+        dtype = torch.float32 if rows.dtype == torch.float32 else torch.float16
+        queries = F.normalize(queries.float(), dim=1).to(dtype)
         best = torch.full((len(queries),), -torch.inf, device=rows.device)
         index = torch.zeros(len(queries), dtype=torch.long, device=rows.device)
         for start in range(0, len(rows), chunk):
-            part = F.normalize(rows[start:start + chunk].float(), dim=1).to(rows.dtype)
-            if rows.is_cuda and rows.dtype != torch.float32:
-                similarity = torch.mm(queries, part.mT, out_dtype=torch.float32)  # (M, D) (D, chunk) -> (M, chunk)
+            part = F.normalize(rows[start:start + chunk].float(), dim=1).to(dtype).mT  # (D, chunk)
+            if rows.is_cuda and dtype == torch.float16:
+                value, i = torch.mm(queries, part, out_dtype=torch.float32).max(1)  # (M, D) (D, chunk) -> (M, chunk) -> (M,)
             else:
-                similarity = queries.float() @ part.float().mT
-            value, i = similarity.max(1)
+                value, i = (queries.float() @ part.float()).max(1)
             index = torch.where(value > best, start + i, index)
             best = torch.maximum(value, best)
         return index
@@ -288,7 +289,7 @@ def mlp(*widths):
 class Head(nn.Module):
     """DINO's projection heads of images and objects, which share all but the last layer. Appendix A.1.
 
-    y (2B, D), c (2M, D) -> logits (2B, L), (2M, L): 1 / temperature apart, cosines with L directions.
+    y (2B, D), c (2M, D) -> logits (2B, L), (2M, L), before the temperature: cosines with L directions.
     """
 
     def __init__(self, dim, hidden=2048, bottleneck=256, outputs=65536):
@@ -326,13 +327,13 @@ class MemoryBank(nn.Module):
     """M_1 and M_2 of Section 3.2.2: the newest `num_objects` objects of all processes, `objects` (2, num_objects, D).
 
     Every process holds all of them. Shards would search with as many products in each process, but would first exchange
-    queries and then answers, to save 2.5 GB a GPU on COCO in bfloat16 and 0.5 GB on ImageNet.
+    queries and then answers, to save most of 2.5 GB a GPU on COCO, ViT-S in bfloat16, and of 0.5 GB on ImageNet.
     """
 
     def __init__(self, num_objects, dim, dtype=torch.float32):
         super().__init__()
         self.register_buffer("objects", torch.zeros(2, num_objects, dim, dtype=dtype))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))  # ever; the next goes to pushed % num_objects
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))  # so far; the next goes to pushed % num_objects
 
     @property
     def ready(self):
@@ -444,7 +445,7 @@ def train(args):
         raise common.UserError(f"--num-objects {args.num_objects}: two views have {2 * grid ** 2} locations to cluster")
     if not 0 < args.bank_images < len(data):
         raise common.UserError(f"--bank-images {args.bank_images}: it must be less than the {len(data)} images of "
-                               f"{args.data}, or objects would meet themselves")
+                               f"{args.data}, as a bank of all of them would always hold each object itself")
     widths = [int(w) for w in args.head.split("-")]
     # Only the student is given to DDP, which would send all buffers, the bank's gigabytes too, at each step.
     student, ddp = common.distribute(Student(backbone, widths, len(data.classes)), device)

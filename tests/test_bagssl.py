@@ -258,14 +258,14 @@ def test_dense_grid():
 
 
 def test_a_grid_patch_is_what_training_cuts():
-    coarse = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
-    image, patch = Image.fromarray(coarse).resize((96, 96), Image.BICUBIC), 48
+    coarse, patch = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8), 48
     side = bagssl.image_side(patch, 0.2)
-    whole = common.cut(image, (0, 0, 96, 96), False, side)
+    image = Image.fromarray(coarse).resize((2 * side, 2 * side), Image.BICUBIC)
+    whole = common.cut(image, (0, 0, 2 * side, 2 * side), False, side)
     for top, left, h, w in bagssl.patch_grid(side, patch, 16):
-        box = [96 / side * v for v in (top, left, h, w)]
-        assert abs(box[2] * box[3] / 96 ** 2 - 0.2) < 0.005
-        error = (common.cut(image, box, False, patch).float() - whole[:, top:top + h, left:left + w].float()).abs()
+        assert abs(h * w / side ** 2 - 0.2) < 0.005
+        patch_alone = common.cut(image, (2 * top, 2 * left, 2 * h, 2 * w), False, patch)
+        error = (patch_alone.float() - whole[:, top:top + h, left:left + w].float()).abs()
         assert error[:, 2:-2, 2:-2].max() <= 2 and error.mean() < 1  # at its border training's patch sees nothing beyond
 
 

@@ -138,7 +138,8 @@ def test_bag_of_a_run(tmp_path, monkeypatch, capsys):
     model = bagssl.BagSSL(common.build_backbone("tiny_convnet", 16), (8, 5)).eval()
     flags = dict(arch="tiny_convnet", size=16, patch_scale="0.25", data=str(tmp_path / "data"), bf16=False)
     torch.save({"model": model.state_dict(), "args": flags}, tmp_path / "last.pt")
-    monkeypatch.setattr(sys, "argv", f"evaluate.py bag --checkpoint {tmp_path} --bags 1 4 --workers 0 --batch-size 9".split())
+    command = f"evaluate.py bag --checkpoint {tmp_path} --bags 1 4 --workers 0 --batch-size 9"
+    monkeypatch.setattr(sys, "argv", command.split())
     evaluate.main()
     (title, found), = json.loads((tmp_path / "bag.json").read_text()).items()
     assert "patch_scale 0.25" in title and list(found)[:2] == ["whole image", "local aggregation"]

@@ -290,7 +290,7 @@ def _bank(m_1, m_2):
 def _objects(rank, world):
     """Ten objects in both views, of which the two processes hold 7 and 3, then 0 and 4; the bank and its matches."""
     c, more = rand(2, 10, 6), rand(2, 4, 6, seed=1)
-    bank = _bank(*rand(2, 12, 6, seed=2))
+    bank = _bank(*(c + 0.7 * rand(2, 10, 6, seed=2)))
     mine = slice(0, 10) if world == 1 else (slice(0, 7), slice(7, 10))[rank]
     matches = torch.stack(cycle_consistent_matches(c[0, mine], c[1, mine], bank))
     bank.push(c[0, mine], c[1, mine])
@@ -302,9 +302,10 @@ def _objects(rank, world):
 def test_processes_share_bank_and_batch(tmp_path):
     matches, objects, pushed = _objects(0, 1)
     shares = on_processes(2, tmp_path, _objects)
-    assert torch.equal(torch.cat([s[0] for s in shares], 1), matches) and 0 < matches[2:].sum() < 20
+    assert torch.equal(torch.cat([s[0] for s in shares], 1), matches)
+    assert 0 < matches[2:, :7].sum() < 14 and 0 < matches[2:, 7:].sum() < 6  # some are trusted, in both processes
     for share in shares:
-        assert torch.equal(share[1], objects) and share[2] == pushed == 26
+        assert torch.equal(share[1], objects) and share[2] == pushed == 24
 
 
 # --- losses --------------------------------------------------------------------------------------------------------
@@ -570,7 +571,7 @@ def test_a_run_step_by_step(images, tmp_path, monkeypatch):
         return whole(self, x, pos, *args)
 
     def loss(teacher, student, centers, *args, **options):
-        losses.append((centers.clone(), [logits.mean(0) for logits in teacher[:2]]))
+        losses.append((centers.clone(), [logits.float().mean(0) for logits in teacher[:2]]))
         return total(teacher, student, centers, *args, **options)
 
     def clip(parameters, limit):

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -297,6 +298,24 @@ def test_torchrun_restarts_a_killed_process(method, flags, undisturbed_pair, tmp
     assert_same(undisturbed_pair(method), tmp_path / "cut")
 
 
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_each_start_has_a_store_of_its_own(late):
+    store, found = torch.distributed.HashStore(), {}
+
+    def begin(start, rank):
+        time.sleep(0.2 * (rank == late))
+        mine = common.of_this_start(store, rank, 3)
+        mine.set(f"here {rank}", str(start))
+        found[start, rank] = [mine.get(f"here {r}") for r in range(3)]
+    for start in range(3):  # what earlier starts left in the store must not be found
+        threads = [threading.Thread(target=begin, args=(start, rank)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert all(found[start, rank] == [str(start).encode()] * 3 for rank in range(3))
+
+
 @pytest.mark.slow
 def test_two_torchrun_agents_are_two_nodes(flags, undisturbed_pair, tmp_path):
     with socket.socket() as free:
@@ -468,6 +487,7 @@ def _fill_the_disk(begin, end):
     common.Run.log = log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_full_disk(method, flags, undisturbed, tmp_path):
     command = (*flags(method), "--out", tmp_path)
@@ -490,8 +510,8 @@ def _flip(data):
     return data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1:]
 
 
-DAMAGES = {"empty": lambda data: b"", "truncated": lambda data: data[:len(data) // 2], "zeros": lambda data: bytes(len(data)),
-           "flipped": _flip, "missing": None, "short": lambda data: data[:-1]}
+DAMAGES = {"empty": lambda data: b"", "truncated": lambda data: data[:len(data) // 2], "short": lambda data: data[:-1],
+           "zeros": lambda data: bytes(len(data)), "flipped": _flip, "missing": None}
 
 
 def damaged(folder, target, damage, files=("last.pt",)):
@@ -701,7 +721,8 @@ def test_a_broken_image_is_named_with_its_reason_by_a_run(flags, tmp_path):
     folder = make_images(tmp_path / "images", 120, size=(20, 16))
     (folder / "class1" / "0003.jpg").write_bytes(b"")
     (folder / "class1" / "0003.jpg").rename(folder / "class1" / os.fsdecode(b"\xffa\nb.jpg"))
-    run = Command(*flags("lc_loss"), "--data", folder, "--epochs", 1, "--workers", 1, "--out", tmp_path, said=tmp_path / "said")
+    run = Command(*flags("lc_loss"), "--data", folder, "--epochs", 1, "--workers", 1, "--out", tmp_path,
+                  said=tmp_path / "said")
     assert run.end() == 0, run.said()
     (line,) = [line for line in run.said().splitlines() if line.startswith("warning: ")]
     assert line.endswith("; another takes its place") and "\\udcffa\\nb.jpg (cannot identify" in line
@@ -738,6 +759,7 @@ def test_unreadable_files_and_folders_are_reported(tmp_path_factory):
 # --- numbers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_stays_within_1_percent(method, flags, tmp_path):
     command = (*flags(method), "--data", "shapes", "--batch-size", 256, "--epochs", 1, "--out", tmp_path)

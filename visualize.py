@@ -461,6 +461,9 @@ def neighbors(args, data, backbone, nrow=8, rows=5):
 
 def augmentation(args):
     """A method's own sample(rng, height, width), and the colours of its views, in turn."""
+    kinds = {"vicreg": vicreg.VIEWS, "vicregl": vicregl.VIEWS}.get(args.method)
+    if kinds and args.views and args.views not in kinds:
+        raise common.UserError(f"--views {args.views}: {args.method} has {', '.join(kinds)}")
     if args.method == "vicreg":
         area, *colours = vicreg.VIEWS[args.views or "paper"]
         return functools.partial(vicreg.sample_views, area=area, size=args.size), colours

@@ -259,6 +259,7 @@ def test_text_is_not_clipped(string):
 @pytest.mark.parametrize("command,words", [
     ("matches nowhere", "no checkpoint at nowhere"), ("matches run --index 5000", "shapes has images 0 to 1999"),
     ("views --data nothing", "no data set 'nothing'"), ("views --out picture.jpg", "must end in .png"),
+    ("views --views none", "--views none: vicregl has two, multicrop"),
     ("heatmap run --scale 2", "--scale 2.0"), ("objects run --data flat", "flat has 4 images"),
     ("objects run --num-objects 200", "128 locations"), ("curves nowhere", "nowhere is no log.jsonl"),
     ("curves empty.jsonl", "still empty"), ("matches random", "--arch"), ("matches run --data broken", "mend or remove it"),

@@ -169,8 +169,9 @@ def object_representations(z_1, z_2, assignment):
     with torch.autocast(z_1.device.type, enabled=False):
         q_1, q_2 = assignment.chunk(2, 1)  # (B, N, K) each
         valid = (q_1.sum(1) > 0) & (q_2.sum(1) > 0)  # (B, K)
-        c_1, c_2 = (torch.einsum("bnk,bnd->bkd", q, z.float())[valid] for q, z in ((q_1, z_1), (q_2, z_2)))
-        return c_1, c_2, valid
+        c_1, c_2 = (torch.einsum("bnk,bnd->bkd", q, z.float()) for q, z in ((q_1, z_1), (q_2, z_2)))  # (B, K, D)
+        kept = valid.flatten().nonzero().flatten()  # (M,) of the B K: a size, for which the host must wait
+        return c_1.flatten(0, 1)[kept], c_2.flatten(0, 1)[kept], valid
 
 
 @torch.no_grad()
@@ -222,9 +223,8 @@ def cycle_consistent_matches(c_1, c_2, bank):
     batch, own = batch.chunk(2, 1), first + torch.arange(len(c_1), device=c_1.device)
     matches, closed = [], []
     for view, c in enumerate((c_1, c_2)):
-        nn = bank.nearest(c, view)
-        jumped = bank.objects[1 - view, nn]  # Eq. (3): (M, D)
-        matches.append(nn)
+        matches.append(bank.nearest(c, view))
+        jumped = bank.objects[1 - view, matches[view]]  # Eq. (3): (M, D)
         closed.append(nearest(jumped, batch[1 - view]) == own)  # Eq. (4): the second jump keeps the index
     return *matches, *closed
 

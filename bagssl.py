@@ -323,8 +323,8 @@ RECIPES = {  # chosen by --data; any other data set gets imagenet's
                     final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, patch_scale="0.1914"),  # Appendix C.1; (14/32)^2
     "cifar100": dict(arch="resnet34", size=32, projector="4096-512", epochs=600, batch_size=1024, base_lr=0.3,
                      final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, patch_scale="0.1914"),
-    "shapes": dict(arch="tiny_convnet", size=48, projector="1024-128", epochs=7, batch_size=128, base_lr=8.0,
-                   final_lr=0.0, weight_decay=1e-6, warmup_epochs=1),
+    "shapes": dict(arch="tiny_convnet", size=48, projector="1024-128", epochs=7, batch_size=128, base_lr=4.0,
+                   final_lr=0.0, weight_decay=1e-6, warmup_epochs=1, loss="simclr", temperature=0.2),
 }
 
 

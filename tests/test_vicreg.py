@@ -215,7 +215,7 @@ def test_killed_and_resumed_is_bit_identical(images, tmp_path, processes):
     whole = script(*command, "--name", "whole", "--workers", 0, torchrun=processes)
     assert whole.returncode == 0, whole.stderr
     assert "20-NN" in whole.stdout and "random initialisation" in whole.stdout
-    for number, (step, sign) in enumerate(((2, signal.SIGKILL), (12, signal.SIGTERM))):
+    for number, (step, sign) in enumerate(((4, signal.SIGKILL), (12, signal.SIGTERM))):
         process = start(*command, "--name", "cut", "--workers", number, torchrun=processes)
         wait_for_line(tmp_path / "cut", step, process)
         if sign == signal.SIGKILL:

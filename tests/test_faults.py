@@ -28,16 +28,22 @@ import torch
 from helpers import ROOT, kill_tree, make_images, user_error
 from PIL import Image
 
+import bagssl
 import common
+import cribo
 import lc_loss
 import vicreg
 import vicregl
 
-METHODS = ["vicreg", "vicregl", "lc_loss"]
-SMALL = ("--arch", "tiny_convnet", "--size", 16, "--projector", "32-16", "--batch-size", 8, "--base-lr", 1,
-         "--warmup-epochs", 1, "--epochs", 8, "--log-every", 1, "--save-minutes", 0, "--no-bf16")  # 44 images: 40 steps
+METHODS = ["vicreg", "vicregl", "lc_loss", "cribo", "bagssl"]
+SMALL = ("--arch", "tiny_convnet", "--size", 16, "--batch-size", 8, "--base-lr", 1, "--warmup-epochs", 1, "--epochs", 8,
+         "--log-every", 1, "--save-minutes", 0, "--no-bf16")  # 44 images: 40 steps
 STEPS = 40
-EXTRA = {"vicreg": (), "vicregl": ("--local-projector", "16-16"), "lc_loss": ("--momentum", 0.99)}
+EXTRA = {
+    "vicreg": ("--projector", "32-16"), "vicregl": ("--projector", "32-16", "--local-projector", "16-16"),
+    "lc_loss": ("--projector", "32-16", "--momentum", 0.99), "bagssl": ("--projector", "32-16", "--loss", "tcr"),
+    "cribo": ("--head", "32-16-24", "--base-lr", 0.02, "--num-objects", 3, "--bank-images", 20, "--temp-warmup-epochs", 2),
+}
 TIMING = ("images_per_s", "data_wait", "memory_gb", "eta_s")
 
 
@@ -804,8 +810,26 @@ def lc_case(make, **options):
                            (points.abs() <= 1).all(3), **options)[0]
 
 
+def cribo_case(make):
+    z_1, z_2 = make(4, 9, 6), make(4, 9, 6)
+    assignment = cribo.joint_space_clustering(torch.cat([z_1, z_2], 1), torch.rand(4, 18, 2) * 50, 3, 1.0)
+    c_1, c_2, _ = cribo.object_representations(z_1, z_2, assignment)
+    bank = cribo.MemoryBank(len(c_1), 6, torch.bfloat16)
+    bank.push(c_1, c_2)
+    nn_1, nn_2, ok_1, ok_2 = cribo.cycle_consistent_matches(c_1, c_2, bank)
+    objects, neighbours = torch.cat([c_1, c_2]), torch.cat([bank.objects[0, nn_1], bank.objects[1, nn_2]])
+    teacher = make(8, 6), objects.detach(), neighbours, torch.cat([ok_1, ok_2])
+    return cribo.cribo_loss(teacher, (make(8, 6), objects), torch.zeros(2, 6), 0.04)[0]
+
+
+def bag_case(make, objective, *coefficients):
+    return sum(bagssl.bag_loss([make(*shape), make(*shape)], objective, *coefficients)[0] for shape in ((16, 24), (24, 16)))
+
+
 LOSSES = {"vicreg": vicreg_case, "vicregl": vicregl_case, "lc_loss": lc_case,
-          "lc_loss-mse": functools.partial(lc_case, local_loss="mse")}
+          "lc_loss-mse": functools.partial(lc_case, local_loss="mse"), "cribo": cribo_case,
+          **{f"bagssl-{name}": functools.partial(bag_case, objective=name) for name in ("spectral", "simclr")},
+          "bagssl-tcr": lambda make: bag_case(make, "tcr", 30.0, 0.2)}
 
 
 @pytest.mark.parametrize("kind", ["constant", "zero", "huge", "tiny", "huge and constant"])

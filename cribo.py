@@ -409,9 +409,9 @@ RECIPES = {  # chosen by --data; any other data set gets imagenet's
     "coco": dict(arch="vit_small_patch16", size=224, head="2048-256-65536", epochs=300, batch_size=256, base_lr=5e-4,
                  final_lr=1e-5, weight_decay=0.04, warmup_epochs=10, momentum=0.996, drop_path=0.1, num_objects=64,
                  pos_weight=2.0, bank_images=25_000, temp_warmup_epochs=30),
-    "shapes": dict(arch="tiny_vit", size=64, head="512-128-1024", epochs=7, batch_size=128, base_lr=2e-3, final_lr=1e-5,
-                   weight_decay=0.04, warmup_epochs=1, momentum=0.99, drop_path=0.0, num_objects=8, pos_weight=1.0,
-                   bank_images=2_000, temp_warmup_epochs=3),
+    "shapes": dict(arch="tiny_convnet", size=64, head="512-128-1024", epochs=7, batch_size=128, base_lr=8e-3, final_lr=1e-5,
+                   weight_decay=0.04, final_weight_decay=0.04, warmup_epochs=1, momentum=0.99, drop_path=0.0, num_objects=8,
+                   pos_weight=1.0, bank_images=2_000, teacher_temp=0.04, temp_warmup_epochs=1),
 }
 
 

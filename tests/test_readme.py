@@ -3,7 +3,7 @@ import re
 import shlex
 
 import torch
-from helpers import ROOT
+from helpers import ROOT, script
 
 import common
 import vicreg
@@ -40,3 +40,8 @@ def test_commands_name_real_files_and_flags():
                 assert f'"{flag}"' in sources[script] + sources["common.py"], command
             found += 1
     assert found >= 6
+
+
+def test_the_table_of_results_is_made_from_the_files():
+    made = script("docs/results/results.py", "table").stdout
+    assert made.count("\n") > 5 and made in README

@@ -393,9 +393,8 @@ def test_killed_and_resumed_is_bit_identical(images, tmp_path):
     wait_for_line(tmp_path / "cut", 4, process)
     kill_tree(process.pid)
     process.communicate(timeout=60)
-    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] < 15
     resumed = script(*command, "--name", "cut", "--workers", 2)
-    assert resumed.returncode == 0 and "resumed at step" in resumed.stdout, resumed.stderr
+    assert resumed.returncode == 0 and int(resumed.stdout.split("resumed at step ")[1].split()[0]) < 15, resumed.stderr
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
 

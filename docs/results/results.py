@@ -2,7 +2,7 @@
 
     python docs/results/results.py run [NAME ...]      # trains and evaluates what is missing, in runs/results; resumes
     python docs/results/results.py collect             # copies commands, thinned logs and evaluations to docs/results
-    python docs/results/results.py table               # prints README's table from docs/results
+    python docs/results/results.py readme              # writes the table of docs/results to README
 """
 import json
 import os
@@ -18,20 +18,20 @@ RUNS, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
 SEEDS = 0, 1, 2
 TRAINING = {  # name: what the table calls it, its command
     "vicreg": ("VICReg", "vicreg.py"),
-    "vicreg-no-var": ("without variance", "vicreg.py --var-coeff 0"),
-    "vicreg-no-cov": ("without covariance", "vicreg.py --cov-coeff 0"),
+    "vicreg-no-var": ("VICReg without variance", "vicreg.py --var-coeff 0"),
+    "vicreg-no-cov": ("VICReg without covariance", "vicreg.py --cov-coeff 0"),
     "vicregl-1": ("VICRegL, alpha 1", "vicregl.py --alpha 1"),
-    "vicregl-0.75": ("alpha 0.75", "vicregl.py --alpha 0.75"),
+    "vicregl-0.75": ("VICRegL, alpha 0.75", "vicregl.py --alpha 0.75"),
     "lc_loss-0": ("LC-loss, alpha 0: BYOL", "lc_loss.py --alpha 0"),
-    "lc_loss-0.1": ("alpha 0.1", "lc_loss.py --alpha 0.1"),
-    "lc_loss-mse": ("alpha 0.1, MSE", "lc_loss.py --alpha 0.1 --local-loss mse"),
+    "lc_loss-0.1": ("LC-loss, alpha 0.1", "lc_loss.py --alpha 0.1"),
+    "lc_loss-mse": ("LC-loss, alpha 0.1, MSE", "lc_loss.py --alpha 0.1 --local-loss mse"),
     "cribo-image": ("CrIBo, images alone: DINO", "cribo.py --no-object --no-cross-image"),
-    "cribo-object": ("with objects across views", "cribo.py --no-cross-image"),
-    "cribo": ("and across images", "cribo.py"),
+    "cribo-object": ("CrIBo, + objects across views", "cribo.py --no-cross-image"),
+    "cribo": ("CrIBo, + across images", "cribo.py"),
     "bagssl-vicreg": ("BagSSL, VICReg", "bagssl.py --loss vicreg"),
-    "bagssl-tcr": ("TCR", "bagssl.py --loss tcr"),
-    "bagssl-simclr": ("SimCLR", "bagssl.py --loss simclr"),
-    "bagssl-spectral": ("spectral", "bagssl.py --loss spectral"),
+    "bagssl-tcr": ("BagSSL, TCR", "bagssl.py --loss tcr"),
+    "bagssl-simclr": ("BagSSL, SimCLR", "bagssl.py --loss simclr"),
+    "bagssl-spectral": ("BagSSL, spectral", "bagssl.py --loss spectral"),
 }
 PROTOCOLS = {  # each method's evaluations: those that its paper's claim is about
     "vicreg": {},
@@ -100,9 +100,11 @@ def table():
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def readme():
+    path = ROOT / "README.md"
+    before, rest = path.read_text().split("<!-- results -->\n")
+    path.write_text(f"{before}<!-- results -->\n{table()}<!-- end -->\n{rest.split('<!-- end -->', 1)[1][1:]}")
+
+
 if __name__ == "__main__":
-    command, *names = sys.argv[1:]
-    if command == "table":
-        print(table(), end="")
-    else:
-        {"run": run, "collect": collect}[command](*names)
+    {"run": run, "collect": collect, "readme": readme}[sys.argv[1]](*sys.argv[2:])

@@ -953,12 +953,12 @@ class Run:
             if self.world > 1:
                 # All must save and stop at one step, though signals and clocks tell them at different ones: a vote that
                 # is called at each step and read at the next, so that nobody waits.
-                asked = 0
+                granted = 0
                 if vote:
                     vote[1].wait()
-                    asked = int(vote[0])
-                ballot = torch.tensor(self.stop if asked else wish)  # what is granted is not asked for again
-                vote, wish = (ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.control, async_op=True)), asked
+                    granted = int(vote[0])
+                ballot = torch.tensor(self.stop if granted else wish)  # what is granted is not asked for again
+                vote, wish = (ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.control, async_op=True)), granted
             if wish or self.step == self.total:
                 self.save(must=wish > 1 or self.step == self.total)
                 saved = time.monotonic()

@@ -102,7 +102,7 @@ def features(backbone, data, size, device, bf16=False, workers=0, batch_size=256
             y = read(backbone, to_input(batch.views[0], device)).float()
         whole = batch.broken < 0  # an unreadable image has no part in a result
         for i in batch.broken[~whole].tolist():
-            print(f"warning: cannot read {data.name(i)}; it is left out", file=sys.stderr, flush=True)
+            print("warning:", common.printable(f"cannot read {data.name(i)}; it is left out"), file=sys.stderr, flush=True)
         yield y[whole.to(device)], batch.labels[whole].to(device), torch.tensor([i for _, i in chunk])[whole].to(device)
 
 

@@ -37,7 +37,7 @@ PROTOCOLS = {  # each method's evaluations: those that its paper's claim is abou
     "vicreg": {},
     "vicregl": {"segment": "--steps 300 --layers 4", "correspond": ""},
     "lc_loss": {"correspond": ""},
-    "cribo": {"retrieve": "--subsample 128", "correspond": ""},
+    "cribo": {"retrieve": "--subsample 512", "correspond": ""},
     "bagssl": {"bag": "--bags 1 4 16 --lr 1 --epochs 10"},
 }
 COLUMNS = {  # file: row, column

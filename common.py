@@ -799,7 +799,7 @@ def seed_step(seed, step):
 def write(path, save, previous=None):
     """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens meanwhile.
 
-    previous: where the old file goes.
+    previous: a second name that the old file keeps.
     """
     part = path.with_suffix(".part")
     try:
@@ -808,7 +808,9 @@ def write(path, save, previous=None):
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
-            os.replace(path, previous)
+            with contextlib.suppress(OSError):  # a file system without hard links keeps no previous one
+                previous.unlink(missing_ok=True)
+                os.link(path, previous)  # not renamed: at no moment is there no file at `path`
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__

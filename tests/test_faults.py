@@ -174,18 +174,18 @@ def test_the_same_command_twice_is_bit_identical(method, flags, undisturbed, tmp
 
 
 def _die_in_a_save(moment):
-    """SIGKILL at the second save: at a moment of os.replace's or fsync's, or with half of last.pt written."""
+    """SIGKILL at the second save: at a moment of os.replace's, os.link's or fsync's, or with half of last.pt written."""
     def here():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    count, replace, fsync, save = 0, os.replace, os.fsync, torch.save
+    count, replace, link, fsync, save = 0, os.replace, os.link, os.fsync, torch.save
 
-    def dying_replace(source, target):
+    def dying(move, source, target):
         nonlocal count
         count += Path(target).name == "backbone.pt"
         if count == 2 and moment == f"before {Path(target).name}":
             here()
-        replace(source, target)
+        move(source, target)
         if count == 2 and moment == f"after {Path(target).name}":
             here()
 
@@ -202,7 +202,8 @@ def _die_in_a_save(moment):
             file.flush()
             here()
         save(state, file)
-    os.replace, os.fsync, torch.save = dying_replace, dying_fsync, dying_save
+    os.replace, os.link = functools.partial(dying, replace), functools.partial(dying, link)
+    os.fsync, torch.save = dying_fsync, dying_save
 
 
 MOMENTS = ["before backbone.pt", "after backbone.pt", "half written", "at fsync", "before previous.pt", "after previous.pt",

@@ -410,3 +410,24 @@ def test_recipes_have_the_appendix_numbers():
 def test_bad_input(images, tmp_path, monkeypatch, capsys, args, words):
     args = "--data", images, *SMALL, "--workers", 0, "--out", tmp_path, *args
     assert words in user_error(bagssl.main, monkeypatch, capsys, *args)
+
+
+def test_colours_alternate(images, tmp_path, monkeypatch):
+    made = []
+
+    class Stop(Exception):
+        pass
+
+    class Recorder:
+        def __init__(self, **colour):
+            made.append(colour)
+
+        def __call__(self, x, generator):
+            raise Stop
+    monkeypatch.setattr(common, "Photometric", Recorder)
+    arguments = ["bagssl.py", "--data", images, *SMALL, "--patches", 3, "--workers", 0, "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+    with pytest.raises(Stop):
+        bagssl.main()
+    assert made == [bagssl.COLOURS[0], bagssl.COLOURS[1], bagssl.COLOURS[0]]
+    assert [colour["blur_p"] for colour in bagssl.COLOURS] == [1.0, 0.1]

@@ -733,10 +733,7 @@ def correspond(backbone, data, args, device, num_matches=20, batch_size=64):
 
 
 def load_projector(checkpoint, name="projector"):
-    """A projector in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None where there is none.
-
-    Raises UserError where the file has one that is built differently.
-    """
+    """A projector in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None where there is none."""
     state = {} if checkpoint == "random" else common.read_checkpoint(checkpoint).get("model", {})
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
@@ -744,11 +741,7 @@ def load_projector(checkpoint, name="projector"):
         return None
     matrices = [value for value in state.values() if value.ndim == 2]
     norm = nn.BatchNorm1d if any(key.endswith("running_mean") for key in state) else nn.LayerNorm
-    projector = vicregl.mlp(*[matrix.shape[1] for matrix in matrices[:1]], *(len(m) for m in matrices), norm=norm)
-    own = {key: value.shape for key, value in projector.state_dict().items()}
-    if {key: value.shape for key, value in state.items()} != own:
-        raise common.UserError(f"{checkpoint}: its {name} ({', '.join(list(state)[:4])}, ...) is not of linear layers with "
-                               "normalisation between them and no bias in the last: give its backbone alone")
+    projector = vicregl.mlp(matrices[0].shape[1], *(len(matrix) for matrix in matrices), norm=norm)
     projector.load_state_dict(state)
     return projector.eval()
 

@@ -733,7 +733,10 @@ def correspond(backbone, data, args, device, num_matches=20, batch_size=64):
 
 
 def load_projector(checkpoint, name="projector"):
-    """A projector in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None where there is none."""
+    """A projector in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None where there is none.
+
+    Raises UserError for one that is built differently.
+    """
     state = {} if checkpoint == "random" else common.read_checkpoint(checkpoint).get("model", {})
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
@@ -741,8 +744,12 @@ def load_projector(checkpoint, name="projector"):
         return None
     matrices = [value for value in state.values() if value.ndim == 2]
     norm = nn.BatchNorm1d if any(key.endswith("running_mean") for key in state) else nn.LayerNorm
-    projector = vicregl.mlp(matrices[0].shape[1], *(len(matrix) for matrix in matrices), norm=norm)
-    projector.load_state_dict(state)
+    try:
+        projector = vicregl.mlp(matrices[0].shape[1], *(len(matrix) for matrix in matrices), norm=norm)
+        projector.load_state_dict(state)
+    except (IndexError, RuntimeError):
+        raise common.UserError(f"{checkpoint}: its {name} is not of linear layers with normalisation between them and no "
+                               "bias in the last; evaluate the backbone alone: backbone.pt") from None
     return projector.eval()
 
 

@@ -99,14 +99,20 @@ def all_rows(z):
     return torch.cat(rows)
 
 
-def center(z):
-    """z (n/G, D) minus the mean over all processes, and n. Raises where processes hold unequal numbers of rows."""
+def moments(z):
+    """Mean and variance (D,) of each dimension over the rows z (n/G, D) of all processes, and n. Eq. (2).
+
+    Raises RuntimeError where processes hold unequal numbers of rows.
+    """
+    var, mean = torch.var_mean(z, 0, correction=0)  # keeps only z for the backward pass, where z - mean would be a copy
     if not dist.is_initialized():
-        return z - z.mean(0), len(z)
+        return mean, var * len(z) / (len(z) - 1), len(z)
     n = len(z) * dist.get_world_size()
-    total = all_sum(torch.cat([z.sum(0), z.new_full((1,), len(z))]))  # (D + 1,)
+    total = all_sum(torch.cat([len(z) * mean, z.new_full((1,), len(z))]))  # (D + 1,)
     torch._assert_async(total[-1] == n, "the processes hold batches of unequal size")  # the GPU is not waited for
-    return z - total[:-1] / n, n
+    mean_of_all = total[:-1] / n
+    var = var + (mean - mean_of_all).square()  # (D,), about the mean of all
+    return mean_of_all, all_sum(len(z) * var) / (n - 1), n
 
 
 def invariance(z_a, z_b):
@@ -116,8 +122,7 @@ def invariance(z_a, z_b):
 
 def variance(z, gamma=1.0, eps=1e-4):
     """Hinge on each dimension's standard deviation over the global batch. z (n/G, D) -> scalar. Eq. (1)."""
-    z, n = center(z)
-    var = all_sum(z.square().sum(0)) / (n - 1)  # (D,)  Eq. (2)
+    _, var, _ = moments(z)
     return F.relu(gamma - torch.sqrt(var + eps)).mean()
 
 
@@ -127,9 +132,8 @@ def covariance(z):
     With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F, so the sum is ||C||^2 or ||S||^2, whichever
     matrix is smaller, minus the squared variances. Differentiable once.
     """
-    z, n = center(z)
-    d = z.shape[1]
-    var = all_sum(z.square().sum(0)) / (n - 1)  # (D,), the diagonal of C
+    mean, var, n = moments(z)  # (D,); var is the diagonal of C
+    z, d = z - mean, z.shape[1]
     if n < d:
         s = z @ all_rows(z).T / (n - 1)  # (n/G, D) (D, n) -> (n/G, n): this process's rows of S
         mine = s.square().sum()

@@ -128,14 +128,20 @@ def all_rows(z):
     return torch.cat(rows)
 
 
-def center(z):
-    """z (B/G, ...) minus the mean over all processes, and B. Raises where processes hold unequal numbers of rows."""
+def moments(z):
+    """Mean and variance of each entry over the rows z (B/G, ...) of all processes, and B.
+
+    Raises RuntimeError where processes hold unequal numbers of rows.
+    """
+    var, mean = torch.var_mean(z, 0, correction=0)  # keeps only z for the backward pass, where z - mean would be a copy
     if not dist.is_initialized():
-        return z - z.mean(0), len(z)
+        return mean, var * len(z) / (len(z) - 1), len(z)
     n = len(z) * dist.get_world_size()
-    total = all_sum(torch.cat([z.sum(0).flatten(), z.new_full((1,), len(z))]))  # (D + 1,) or (M D + 1,)
+    total = all_sum(torch.cat([len(z) * mean.flatten(), z.new_full((1,), len(z))]))  # (D + 1,) or (M D + 1,)
     torch._assert_async(total[-1] == n, "the processes hold batches of unequal size")  # the GPU is not waited for
-    return z - total[:-1].view_as(z[0]) / n, n
+    mean_of_all = total[:-1].view_as(mean) / n
+    var = var + (mean - mean_of_all).square()  # (D,) or (M, D): about the mean of all
+    return mean_of_all, all_sum(len(z) * var) / (n - 1), n
 
 
 def invariance(z_a, z_b):
@@ -148,8 +154,7 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z (B/G, D), or local features (B/G, M, D): statistics over B at each of M matches, then the mean -> scalar.
     """
-    z, n = center(z)
-    var = all_sum(z.square().sum(0)) / (n - 1)  # (D,) or (M, D)
+    _, var, _ = moments(z)
     return F.relu(gamma - torch.sqrt(var + eps)).mean()
 
 
@@ -160,9 +165,8 @@ def covariance(z):
     With C = z^T z / (B - 1) and S = z z^T / (B - 1), ||C||_F = ||S||_F, so the sum is ||C||^2 or ||S||^2, whichever
     matrix is smaller, minus the squared variances. Differentiable once.
     """
-    z, n = center(z)
-    d = z.shape[-1]
-    var = all_sum(z.square().sum(0)) / (n - 1)  # (D,) or (M, D), the diagonal of C
+    mean, var, n = moments(z)  # (D,) or (M, D); var is the diagonal of C
+    z, d = z - mean, z.shape[-1]
     rows = z.transpose(0, -2)  # (B, D) as it is, or (B, M, D) -> (M, B, D)
     if n < d:
         s = rows @ all_rows(z).transpose(0, -2).mT / (n - 1)  # (M, B/G, D) (M, D, B) -> (M, B/G, B): this process's rows

@@ -617,7 +617,9 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             live = [p for p in group["params"] if p.grad is not None]
-            for params in ([p for p in live if p.ndim > 1], [p for p in live if p.ndim < 2]):
+            together = [p for p in live if p.ndim > 1], [p for p in live if p.ndim < 2]  # on a GPU: few launches
+            alone = [[p] for p in live]  # on a CPU: a parameter stays in the cache from one line to the next
+            for params in together if live and live[0].is_cuda else alone:
                 if not params:
                     continue
                 updates = [p.grad for p in params]

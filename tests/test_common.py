@@ -293,7 +293,9 @@ def test_photometric_draws_colorjitters_range(op, strength):
 # --- optimisation --------------------------------------------------------------------------------------------------
 
 
-def test_lars_golden():
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_lars_golden(monkeypatch, is_cuda):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)  # how parameters are grouped
     g = {k: torch.tensor(v) for k, v in np.load(ROOT / "tests/golden/lars.npz").items()}
     params = [torch.nn.Parameter(g[f"init_{i}"].clone()) for i in range(4)]
     lars = common.LARS(params, weight_decay=g["weight_decay"].item(), momentum=g["momentum"].item(), eta=g["eta"].item())

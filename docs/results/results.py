@@ -16,6 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
 SEEDS = 0, 1, 2
+NETTE = ("--data imagenette160 --arch tiny_convnet --size 64 --projector 1024-1024-1024 --local-projector 128-128 "
+         "--epochs 4 --warmup-epochs 1 --batch-size 128 --base-lr 8 --final-lr 0")
+CIFAR = ("--data cifar10-subset --arch tiny_convnet --projector 1024-128 --epochs 4 --warmup-epochs 1 --batch-size 128 "
+         "--base-lr 4 --weight-decay 1e-6")  # 1,000 images a class to train, 200 to test
 TRAINING = {  # name: what the table calls it, its command
     "vicreg": ("VICReg", "vicreg.py"),
     "vicreg-no-var": ("VICReg without variance", "vicreg.py --var-coeff 0"),
@@ -32,6 +36,10 @@ TRAINING = {  # name: what the table calls it, its command
     "bagssl-tcr": ("BagSSL, TCR", "bagssl.py --loss tcr --epochs 3"),
     "bagssl-simclr": ("BagSSL, SimCLR", "bagssl.py --loss simclr --epochs 3"),
     "bagssl-spectral": ("BagSSL, spectral", "bagssl.py --loss spectral --epochs 3"),
+    "vicregl-1-imagenette": ("Imagenette: VICRegL, alpha 1", f"vicregl.py --alpha 1 {NETTE}"),
+    "vicregl-0.75-imagenette": ("Imagenette: VICRegL, alpha 0.75", f"vicregl.py --alpha 0.75 {NETTE}"),
+    "bagssl-simclr-cifar10": ("CIFAR-10 subset: BagSSL, SimCLR",
+                              f"bagssl.py --loss simclr --temperature 0.2 {CIFAR}"),
 }
 PROTOCOLS = {  # each method's evaluations, after k-NN: those that its paper's claim is about
     "vicreg": {"linear": "--no-augment"},
@@ -39,6 +47,8 @@ PROTOCOLS = {  # each method's evaluations, after k-NN: those that its paper's c
     "lc_loss": {"linear": "--no-augment", "correspond": ""},
     "cribo": {"linear": "--no-augment", "retrieve": "--subsample 512", "correspond": ""},
     "bagssl": {"bag": "--bags 1 4 16 --lr 1 --epochs 10"},
+    "vicregl on imagenette160": {"linear": "--no-augment", "correspond": "",
+                                 "segment": "--data voc_mini_s256 --size 128 --steps 300 --layers 4"},
 }
 COLUMNS = {  # file: row, column
     "k-NN": ("knn", 0, "20-NN"), "linear": ("linear", "best", "top-1"), "segmentation": ("segment", "best", "mIoU"),
@@ -53,7 +63,8 @@ def commands(name, seed):
     folder, script = f"{name}-s{seed}", TRAINING[name][1]
     train = f"python {script} --workers 1 --log-every 10 --seed {seed} --out runs/results --name {folder}"
     evaluate = f"python evaluate.py {{}} --checkpoint runs/results/{folder} --workers 1 {{}}"
-    protocols = PROTOCOLS[script.split(".")[0]].items()
+    data = " on imagenette160" if "imagenette160" in script else ""
+    protocols = PROTOCOLS[script.split(".")[0] + data].items()
     return {"knn": train, **{protocol: evaluate.format(protocol, flags).rstrip() for protocol, flags in protocols}}
 
 

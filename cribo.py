@@ -27,7 +27,8 @@ Differences
     with the teacher's features. The scale of its costs is taken over each process's own part of the batch.
  3. The released code averages the two directions of each loss; the paper, and this file, add them.
  4. Eqs. (6) and (8) are averaged over the objects of all images and processes together, as the released code does within
-    a process, not first within each image. B_j in Eq. (4), too, is the batch of all processes.
+    a process, not first within each image: few trusted objects weigh as much as many. B_j in Eq. (4), too, is the batch
+    of all processes.
  5. From the released code: no cross-image term in the first epoch; the bank keeps the teacher's objects unnormalised.
     Ours: nor is there one before the bank is full. It has room for K objects of each of S images; those that are
     discarded leave theirs to more images. It is kept in bfloat16 (`--bank-dtype`) and searched in float16.

@@ -16,8 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
 SEEDS = 0, 1, 2
-NETTE = ("--data imagenette160 --arch tiny_convnet --size 64 --projector 1024-1024-1024 --local-projector 128-128 "
-         "--epochs 4 --warmup-epochs 1 --batch-size 128 --base-lr 8 --final-lr 0")
+SHORT = "--arch tiny_convnet --epochs 4 --warmup-epochs 1 --batch-size 128"
+NETTE = f"--data imagenette160 {SHORT} --size 64"
+VICREGL = f"{NETTE} --projector 1024-1024-1024 --local-projector 128-128 --base-lr 8 --final-lr 0"
+BYOL = f"{NETTE} --projector 1024-256 --base-lr 8 --momentum 0.97"
+CRIBO = (f"{NETTE} --head 512-128-1024 --base-lr 8e-3 --final-weight-decay 0.04 --momentum 0.99 --drop-path 0 --num-objects 8 "
+         "--bank-images 2000 --teacher-temp 0.04 --temp-warmup-epochs 1")
+CIFAR = f"--data cifar10-subset {SHORT} --size 32 --projector 1024-128 --base-lr 4 --weight-decay 1e-6 --patch-scale 0.1914"
 TRAINING = {  # name: what the table calls it, its command
     "vicreg": ("VICReg", "vicreg.py"),
     "vicreg-no-var": ("VICReg without variance", "vicreg.py --var-coeff 0"),
@@ -34,8 +39,16 @@ TRAINING = {  # name: what the table calls it, its command
     "bagssl-tcr": ("BagSSL, TCR", "bagssl.py --loss tcr --epochs 3"),
     "bagssl-simclr": ("BagSSL, SimCLR", "bagssl.py --loss simclr --epochs 3"),
     "bagssl-spectral": ("BagSSL, spectral", "bagssl.py --loss spectral --epochs 3"),
-    "vicregl-1-imagenette": ("Imagenette: VICRegL, alpha 1", f"vicregl.py --alpha 1 {NETTE}"),
-    "vicregl-0.75-imagenette": ("Imagenette: VICRegL, alpha 0.75", f"vicregl.py --alpha 0.75 {NETTE}"),
+    "vicregl-1-imagenette": ("VICRegL, alpha 1", f"vicregl.py --alpha 1 {VICREGL}"),
+    "vicregl-0.75-imagenette": ("VICRegL, alpha 0.75", f"vicregl.py --alpha 0.75 {VICREGL}"),
+    "lc_loss-0-imagenette": ("LC-loss, alpha 0: BYOL", f"lc_loss.py --alpha 0 {BYOL}"),
+    "lc_loss-0.1-imagenette": ("LC-loss, alpha 0.1", f"lc_loss.py --alpha 0.1 {BYOL}"),
+    "cribo-image-imagenette": ("CrIBo, images alone: DINO", f"cribo.py --no-object --no-cross-image {CRIBO}"),
+    "cribo-object-imagenette": ("CrIBo, + objects across views", f"cribo.py --no-cross-image {CRIBO}"),
+    "bagssl-vicreg-cifar10": ("BagSSL, VICReg", f"bagssl.py --loss vicreg {CIFAR}"),
+    "bagssl-tcr-cifar10": ("BagSSL, TCR", f"bagssl.py --loss tcr {CIFAR}"),
+    "bagssl-simclr-cifar10": ("BagSSL, SimCLR", f"bagssl.py --loss simclr --temperature 0.2 {CIFAR}"),
+    "bagssl-spectral-cifar10": ("BagSSL, spectral", f"bagssl.py --loss spectral {CIFAR}"),
 }
 PROTOCOLS = {  # each method's evaluations, after k-NN: those that its paper's claim is about
     "vicreg": {"linear": "--no-augment"},
@@ -43,8 +56,10 @@ PROTOCOLS = {  # each method's evaluations, after k-NN: those that its paper's c
     "lc_loss": {"linear": "--no-augment", "correspond": ""},
     "cribo": {"linear": "--no-augment", "retrieve": "--subsample 512", "correspond": ""},
     "bagssl": {"bag": "--bags 1 4 16 --lr 1 --epochs 10"},
-    "vicregl on imagenette160": {"linear": "--no-augment", "correspond": "",
-                                 "segment": "--data voc_mini_s256 --size 128 --steps 300 --layers 4"},
+}
+ON_VOC = {  # for what was trained on Imagenette, which has no masks
+    "vicregl": {"segment": "--data voc_mini_s256 --size 128 --steps 300 --layers 4"},
+    "cribo": {"retrieve": "--data voc_mini_s256 --subsample 64"},
 }
 COLUMNS = {  # file: row, column
     "k-NN": ("knn", 0, "20-NN"), "linear": ("linear", "best", "top-1"), "segmentation": ("segment", "best", "mIoU"),
@@ -59,8 +74,8 @@ def commands(name, seed):
     folder, script = f"{name}-s{seed}", TRAINING[name][1]
     train = f"python {script} --workers 1 --log-every 10 --seed {seed} --out runs/results --name {folder}"
     evaluate = f"python evaluate.py {{}} --checkpoint runs/results/{folder} --workers 1 {{}}"
-    data = " on imagenette160" if "imagenette160" in script else ""
-    protocols = PROTOCOLS[script.split(".")[0] + data].items()
+    method = script.split(".")[0]
+    protocols = {**PROTOCOLS[method], **(ON_VOC.get(method, {}) if NETTE in script else {})}.items()
     return {"knn": train, **{protocol: evaluate.format(protocol, flags).rstrip() for protocol, flags in protocols}}
 
 
@@ -99,13 +114,23 @@ def cell(places, file, row, column):
     return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
 
+def minutes(places):
+    """Of training. Each line of a log says how long the rest of its run takes: the median, as some runs were paused."""
+    times = []
+    for place in places:
+        *lines, last = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+        times += [line["eta_s"] / (last["step"] - line["step"]) * last["step"] / 60 for line in lines]
+    return f"{statistics.median(times):.1f}"
+
+
 def table():
-    lines = [["", "command", *COLUMNS, "seeds"], ["---"] * (len(COLUMNS) + 3)]
+    lines = [["", "command", *COLUMNS, "minutes", "seeds"], ["---"] * (len(COLUMNS) + 4)]
     for name, (label, command) in TRAINING.items():
         places = sorted((KEPT / name).glob("seed*"))
         if places:
-            shown = command.replace(NETTE, "--data imagenette160 ...")  # whole in docs/results
-            lines.append([label, f"`{shown}`", *(cell(places, *where) for where in COLUMNS.values()), str(len(places))])
+            shown, *rest = command.split(" --arch")  # whole in docs/results
+            lines.append([label, f"`{shown}{' ...' * len(rest)}`", *(cell(places, *where) for where in COLUMNS.values()),
+                          minutes(places), str(len(places))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -45,6 +45,7 @@ TRAINING = {  # name: what the table calls it, its command
     "lc_loss-0.1-imagenette": ("LC-loss, alpha 0.1", f"lc_loss.py --alpha 0.1 {BYOL}"),
     "cribo-image-imagenette": ("CrIBo, images alone: DINO", f"cribo.py --no-object --no-cross-image {CRIBO}"),
     "cribo-object-imagenette": ("CrIBo, + objects across views", f"cribo.py --no-cross-image {CRIBO}"),
+    "cribo-imagenette": ("CrIBo, + across images", f"cribo.py {CRIBO}"),
     "bagssl-vicreg-cifar10": ("BagSSL, VICReg", f"bagssl.py --loss vicreg {CIFAR}"),
     "bagssl-tcr-cifar10": ("BagSSL, TCR", f"bagssl.py --loss tcr {CIFAR}"),
     "bagssl-simclr-cifar10": ("BagSSL, SimCLR", f"bagssl.py --loss simclr --temperature 0.2 {CIFAR}"),
@@ -57,9 +58,9 @@ PROTOCOLS = {  # each method's evaluations, after k-NN: those that its paper's c
     "cribo": {"linear": "--no-augment", "retrieve": "--subsample 512", "correspond": ""},
     "bagssl": {"bag": "--bags 1 4 16 --lr 1 --epochs 10"},
 }
-ON_VOC = {  # for what was trained on Imagenette, which has no masks
-    "vicregl": {"segment": "--data voc_mini_s256 --size 128 --steps 300 --layers 4"},
-    "cribo": {"retrieve": "--data voc_mini_s256 --subsample 64"},
+ON_IMAGENETTE = {  # which has no masks, so no retrieval
+    "vicregl": {"linear": "--no-augment", "segment": "--data voc_mini_s256 --size 128 --steps 300 --layers 4", "correspond": ""},
+    "cribo": {"linear": "--no-augment", "correspond": ""},
 }
 COLUMNS = {  # file: row, column
     "k-NN": ("knn", 0, "20-NN"), "linear": ("linear", "best", "top-1"), "segmentation": ("segment", "best", "mIoU"),
@@ -75,8 +76,8 @@ def commands(name, seed):
     train = f"python {script} --workers 1 --log-every 10 --seed {seed} --out runs/results --name {folder}"
     evaluate = f"python evaluate.py {{}} --checkpoint runs/results/{folder} --workers 1 {{}}"
     method = script.split(".")[0]
-    protocols = {**PROTOCOLS[method], **(ON_VOC.get(method, {}) if NETTE in script else {})}.items()
-    return {"knn": train, **{protocol: evaluate.format(protocol, flags).rstrip() for protocol, flags in protocols}}
+    protocols = (ON_IMAGENETTE if NETTE in script else {}).get(method, PROTOCOLS[method])
+    return {"knn": train, **{protocol: evaluate.format(protocol, flags).rstrip() for protocol, flags in protocols.items()}}
 
 
 def run(*names):

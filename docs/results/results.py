@@ -47,13 +47,13 @@ TRAINING = {  # name: what the table calls it, its command
     "cribo-object-imagenette": ("CrIBo, + objects across views", f"cribo.py --no-cross-image {CRIBO}"),
     "cribo-imagenette": ("CrIBo, + across images", f"cribo.py {CRIBO}"),
     "bagssl-vicreg-cifar10": ("BagSSL, VICReg", f"bagssl.py --loss vicreg {CIFAR}"),
-    "bagssl-tcr-cifar10": ("BagSSL, TCR", f"bagssl.py --loss tcr {CIFAR}"),
+    "bagssl-tcr-cifar10": ("BagSSL, TCR", f"bagssl.py --loss tcr --tcr-coeff 30 {CIFAR}"),
     "bagssl-simclr-cifar10": ("BagSSL, SimCLR", f"bagssl.py --loss simclr --temperature 0.2 {CIFAR}"),
     "bagssl-spectral-cifar10": ("BagSSL, spectral", f"bagssl.py --loss spectral {CIFAR}"),
 }
 PROTOCOLS = {  # each method's evaluations, after k-NN: those that its paper's claim is about
     "vicreg": {"linear": "--no-augment"},
-    "vicregl": {"linear": "--no-augment", "segment": "--steps 300 --layers 4", "correspond": ""},
+    "vicregl": {"linear": "--no-augment", "segment": "--steps 2000 --layers 4", "correspond": ""},
     "lc_loss": {"linear": "--no-augment", "correspond": ""},
     "cribo": {"linear": "--no-augment", "retrieve": "--subsample 512", "correspond": ""},
     "bagssl": {"bag": "--bags 1 4 16 --lr 1 --epochs 10"},

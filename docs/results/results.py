@@ -20,8 +20,8 @@ SHORT = "--arch tiny_convnet --epochs 4 --warmup-epochs 1 --batch-size 128"
 NETTE = f"--data imagenette160 {SHORT} --size 64"
 VICREGL = f"{NETTE} --projector 1024-1024-1024 --local-projector 128-128 --base-lr 8 --final-lr 0"
 BYOL = f"{NETTE} --projector 1024-256 --base-lr 8 --momentum 0.97"
-CRIBO = (f"{NETTE} --head 512-128-1024 --base-lr 8e-3 --final-weight-decay 0.04 --momentum 0.99 --drop-path 0 --num-objects 8 "
-         "--bank-images 2000 --teacher-temp 0.04 --temp-warmup-epochs 1")
+CRIBO = (f"{NETTE} --head 512-128-1024 --base-lr 8e-3 --final-weight-decay 0.04 --momentum 0.99 --drop-path 0 "
+         "--num-objects 8 --bank-images 2000 --teacher-temp 0.04 --temp-warmup-epochs 1")
 CIFAR = f"--data cifar10-subset {SHORT} --size 32 --projector 1024-128 --base-lr 4 --weight-decay 1e-6 --patch-scale 0.1914"
 TRAINING = {  # name: what the table calls it, its command
     "vicreg": ("VICReg", "vicreg.py"),
@@ -59,7 +59,8 @@ PROTOCOLS = {  # each method's evaluations, after k-NN: those that its paper's c
     "bagssl": {"bag": "--bags 1 4 16 --lr 1 --epochs 10"},
 }
 ON_IMAGENETTE = {  # which has no masks, so no retrieval
-    "vicregl": {"linear": "--no-augment", "segment": "--data voc_mini_s256 --size 128 --steps 300 --layers 4", "correspond": ""},
+    "vicregl": {"linear": "--no-augment", "correspond": "",
+                "segment": "--data voc_mini_s256 --size 128 --steps 300 --layers 4"},
     "cribo": {"linear": "--no-augment", "correspond": ""},
 }
 COLUMNS = {  # file: row, column

@@ -4,7 +4,7 @@
     python docs/results/results.py collect             # copies commands, thinned logs and evaluations to docs/results
     python docs/results/results.py readme              # writes the table of docs/results to README
 
-In $DATA: imagenette160, voc_mini_s256 (1,000 + 445 images of VOC 2012 with their masks, 256 pixels high or wide) and
+In $DATA: imagenette160, voc_mini_s256 (1,000 + 445 images of VOC 2012 with their masks, short side 256) and
 cifar10-subset (the first 1,000 training and 200 test images of each class, in folders), all as JPEG files.
 """
 import json

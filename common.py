@@ -678,14 +678,13 @@ def one_line_errors():
                 raise
         if line and first_to_say(line):
             print(f"error: {printable(line)}", file=sys.stderr, flush=True)
-        # An orderly end would wait for a dead process, for a lock it died with, or (gloo of torch 2.11) for a thread that
-        # waits for this one.
-        if dist.is_initialized() or not isinstance(error, UserError):
+        if dist.is_initialized():  # others may yet ask the store who says it; a thread of gloo needs Python's lock to end,
+            time.sleep(1)  # and torch 2.11 would wait for it with the lock
+        if not isinstance(error, UserError):  # an orderly end would wait for a dead process, or for a lock it died with
             left = multiprocessing.active_children()
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whose handler, torch's, would raise the error anew
             for worker in left:
                 worker.kill()
-            sys.stdout.flush()
             os._exit(2)
         sys.exit(2)
     finally:

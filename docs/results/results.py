@@ -32,6 +32,8 @@ TRAINING = {  # name: what the table calls it, its command
     "vicreg-no-cov": ("VICReg without covariance", "vicreg.py --cov-coeff 0"),
     "vicregl-1": ("VICRegL, alpha 1", "vicregl.py --alpha 1"),
     "vicregl-0.75": ("VICRegL, alpha 0.75", "vicregl.py --alpha 0.75"),
+    "vicregl-1-longer": ("VICRegL, alpha 1", "vicregl.py --alpha 1 --epochs 14"),
+    "vicregl-0.75-longer": ("VICRegL, alpha 0.75", "vicregl.py --alpha 0.75 --epochs 14"),
     "lc_loss-0": ("LC-loss, alpha 0: BYOL", "lc_loss.py --alpha 0 --epochs 3"),
     "lc_loss-0.1": ("LC-loss, alpha 0.1", "lc_loss.py --alpha 0.1 --epochs 3"),
     "lc_loss-mse": ("LC-loss, alpha 0.1, MSE", "lc_loss.py --alpha 0.1 --local-loss mse --epochs 3"),
@@ -66,6 +68,7 @@ ON_IMAGENETTE = {  # which has no masks, so no retrieval
                 "segment": "--data voc_mini_s256 --size 128 --steps 300 --layers 4"},
     "cribo": {"linear": "--no-augment", "correspond": ""},
 }
+LONGER = {"vicregl": {"segment": "--steps 1000 --layers 4 --lr 0.02"}}
 COLUMNS = {  # file: row, column
     "k-NN": ("knn", 0, "20-NN"), "linear": ("linear", "best", "top-1"), "segmentation": ("segment", "best", "mIoU"),
     "retrieval": ("retrieve", 0, "mIoU"), "correspondence": ("correspond", 0, "flip"),
@@ -80,7 +83,8 @@ def commands(name, seed):
     train = f"python {script} --workers 1 --log-every 10 --seed {seed} --out runs/results --name {folder}"
     evaluate = f"python evaluate.py {{}} --checkpoint runs/results/{folder} --workers 1 {{}}"
     method = script.split(".")[0]
-    protocols = (ON_IMAGENETTE if NETTE in script else {}).get(method, PROTOCOLS[method])
+    special = ON_IMAGENETTE if NETTE in script else LONGER if "--epochs 14" in script else {}
+    protocols = special.get(method, PROTOCOLS[method])
     return {"knn": train, **{protocol: evaluate.format(protocol, flags).rstrip() for protocol, flags in protocols.items()}}
 
 

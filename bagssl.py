@@ -350,26 +350,28 @@ def train(args):
     import functools
 
     import common
+    import training
     from evaluate import knn_report
 
-    device = common.set_up(args.seed)
+    device = training.set_up(args.seed)
     area, coefficients = parse_scale(args.patch_scale), [vars(args)[name] for name in COEFFICIENTS[args.loss]]
     if args.patches < 2:
         raise common.UserError(f"--patches {args.patches}: the loss compares patches of an image, 2 or more")
     data = common.open_data(args.data, "train", args.size)
     backbone = common.build_backbone(args.arch, args.size)
-    model, ddp = common.distribute(BagSSL(backbone, [int(w) for w in args.projector.split("-")], len(data.classes)), device)
-    optimizer = common.LARS(model.parameters(), weight_decay=args.weight_decay)
-    run = common.Run(args, model, optimizer, data, device)
+    widths = [int(w) for w in args.projector.split("-")]
+    model, ddp = training.distribute(BagSSL(backbone, widths, len(data.classes)), device)
+    optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)
+    run = training.Run(args, model, optimizer, data, device)
     colours = [common.Photometric(**COLOURS[i % 2]) for i in range(args.patches)]
 
     for batch in run.batches(functools.partial(sample_patches, area=area, patches=args.patches, size=args.size)):
-        generator = common.seed_step(args.seed, run.step)
+        generator = training.seed_step(args.seed, run.step)
         patches = [colour(x, generator) for colour, x in zip(colours, batch.views)]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             embeddings, logits = ddp(patches)
         loss, parts = bag_loss(embeddings, args.loss, *coefficients)
-        probe_loss, accuracy = common.probe(logits, batch.labels)
+        probe_loss, accuracy = training.probe(logits, batch.labels)
         lr = run.set_lr()
         optimizer.zero_grad()
         (loss + probe_loss).backward()
@@ -381,9 +383,9 @@ def train(args):
 
 
 def main():
-    import common
+    import training
 
-    with common.one_line_errors():
+    with training.one_line_errors():
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--projector", help="widths of its layers")
         parser.add_argument("--loss", default="vicreg", choices=COEFFICIENTS)
@@ -396,7 +398,7 @@ def main():
         parser.add_argument("--tcr-eps", type=float, default=0.2)
         parser.add_argument("--temperature", type=float, default=0.1, help="of SimCLR")
         parser.add_argument("--spectral-coeff", type=float, default=1.0, help="lambda of Eq. (6)")
-        train(common.parse_args(parser, RECIPES))
+        train(training.parse_args(parser, RECIPES))
 
 
 if __name__ == "__main__":

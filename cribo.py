@@ -437,9 +437,10 @@ def train(args):
     import functools
 
     import common
+    import training
     from evaluate import knn_report
 
-    device = common.set_up(args.seed)
+    device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
     backbone = common.build_backbone(args.arch, args.size, args.drop_path)
     grid = args.size // backbone.stride
@@ -452,16 +453,16 @@ def train(args):
                                f"{args.data}, as a bank of all of them would always hold each object itself")
     widths = [int(w) for w in args.head.split("-")]
     # Only the student is given to DDP, which would send all buffers, the bank's gigabytes too, at each step.
-    student, ddp = common.distribute(Student(backbone, widths, len(data.classes)), device)
+    student, ddp = training.distribute(Student(backbone, widths, len(data.classes)), device)
     bank_dtype = getattr(torch, args.bank_dtype)
     model = CrIBo(student, args.num_objects, args.pos_weight, args.bank_images, bank_dtype).to(device)
     optimizer = make_optimizer(student)
-    run = common.Run(args, model, optimizer, data, device)
+    run = training.Run(args, model, optimizer, data, device)
     colours = [common.Photometric(**colour) for colour in COLOURS]
     terms = ["image"] + ["object"] * args.object + ["cross_image"] * args.cross_image
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
-        generator = common.seed_step(args.seed, run.step)
+        generator = training.seed_step(args.seed, run.step)
         x = torch.cat([colour(view, generator) for colour, view in zip(colours, batch.views)])  # (2B, 3, H0, W0)
         pos = joint_positions(batch.boxes, batch.flips, grid)
         first_epoch = run.step < run.per_epoch
@@ -472,9 +473,9 @@ def train(args):
         loss, parts = cribo_loss(teacher, outputs, model.centers, teacher_temp, terms=terms)
         for center, seen in zip(model.centers, teacher):
             update_center(center, seen)
-        probe_loss, accuracy = common.probe(logits, batch.labels)
-        lr, momentum = run.set_lr(), common.cosine_schedule(run.step, run.total, 0, args.momentum, 1.0)
-        decay = common.cosine_schedule(run.step, run.total, 0, args.weight_decay, args.final_weight_decay)
+        probe_loss, accuracy = training.probe(logits, batch.labels)
+        lr, momentum = run.set_lr(), training.cosine_schedule(run.step, run.total, 0, args.momentum, 1.0)
+        decay = training.cosine_schedule(run.step, run.total, 0, args.weight_decay, args.final_weight_decay)
         optimizer.param_groups[0]["weight_decay"] = decay
         optimizer.zero_grad()
         (loss + probe_loss).backward()
@@ -495,9 +496,9 @@ def train(args):
 
 
 def main():
-    import common
+    import training
 
-    with common.one_line_errors():
+    with training.one_line_errors():
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         on_or_off = argparse.BooleanOptionalAction
         parser.add_argument("--head", help="hidden, bottleneck and output widths of the projection heads")
@@ -514,7 +515,7 @@ def main():
         parser.add_argument("--final-weight-decay", type=float, default=0.4)
         parser.add_argument("--drop-path", type=float, help="of the student")
         parser.add_argument("--clip-grad", type=float, default=3.0, help="norm of each parameter's gradient; 0: off")
-        train(common.parse_args(parser, RECIPES))
+        train(training.parse_args(parser, RECIPES))
 
 
 if __name__ == "__main__":

@@ -58,8 +58,11 @@ from torch import nn
 
 import bagssl
 import common
+import shapes
+import training
 import vicreg
 import vicregl
+import weights
 
 # --- Images with labels --------------------------------------------------------------------------------------------
 
@@ -93,7 +96,7 @@ def features(backbone, data, size, device, bf16=False, workers=0, batch_size=256
 
     read(backbone, images (b, 3, size, size)) -> (b, D); view: what is seen of an image.
     """
-    rank, world = common.rank_and_world()
+    rank, world = training.rank_and_world()
     keys = [(0, i) for i in range(rank, len(data), world)]
     views = common.Views(data, functools.partial(view, size=size), seed=0)
     chunks = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
@@ -245,7 +248,7 @@ def cross_entropy(logits, target):
     if logits.ndim == 4:
         logits = F.interpolate(logits, target.shape[1:], mode="bilinear")  # (B, C, H0, W0)
     known = all_sum((target >= 0).sum()).clamp(min=1)
-    return common.rank_and_world()[1] * F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / known
+    return training.rank_and_world()[1] * F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / known
 
 
 def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
@@ -253,7 +256,7 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
 
     batches: `total` pairs of input and target; schedule(progress in [0, 1]) -> the factor of all learning rates.
     """
-    model, ddp = common.distribute(model, device)
+    model, ddp = training.distribute(model, device)
     groups = [dict(params=list(head.parameters()), lr=lr) for head, lr in zip(model.heads, lrs)]
     if backbone_lr is not None:
         groups.append(dict(params=list(model.backbone.parameters()), lr=backbone_lr))
@@ -266,7 +269,7 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
         losses.sum().backward()
         optimizer.step()
         if (step + 1) % max(1, total // 10) == 0:
-            rank, world = common.rank_and_world()
+            rank, world = training.rank_and_world()
             losses = all_sum(losses.detach()) / world
             if rank == 0:
                 print(f"step {step + 1}/{total}  loss", *(f"{loss:.3f}" for loss in losses.tolist()), flush=True)
@@ -278,7 +281,7 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
 
 def shuffled(n, total, args):
     """This process's share of batches 0..total, as lists of (epoch, row of n)."""
-    rank, world = common.rank_and_world()
+    rank, world = training.rank_and_world()
     if args.batch_size % world or args.batch_size > n:
         raise common.UserError(f"--batch-size {args.batch_size} must be divisible by the {world} processes and at most the "
                                f"{n} training images of {args.data}")
@@ -319,7 +322,7 @@ def fit_linear(model, batches, total, lrs, backbone_lr, decay, args, device):
     scale = args.batch_size / 256
     fit(model, batches, total, [lr * scale for lr in lrs], backbone_lr and backbone_lr * scale,
         functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=decay),
-        lambda progress: common.cosine_schedule(progress, 1, 0, 1, 0), device)
+        lambda progress: training.cosine_schedule(progress, 1, 0, 1, 0), device)
 
 
 def linear_on_kept(y, labels, queries, targets, num_classes, args, device, epochs=100):
@@ -406,8 +409,8 @@ def fewshot(backbone, data, args, device, ways=5, shots=5, queries=15, episodes=
 # --- Images with masks ---------------------------------------------------------------------------------------------
 
 
-class MaskedShapes(common.Shapes):
-    num_classes = 1 + len(common.Shapes.classes)  # with the ground
+class MaskedShapes(shapes.Shapes):
+    num_classes = 1 + len(shapes.Shapes.classes)  # with the ground
 
     def pair(self, index):
         return tuple(Image.fromarray(array) for array in self.scene(index))
@@ -593,7 +596,7 @@ def segment(backbone, train, val, args, device):
         lrs = [1e-4, 8e-5, 3e-5, 1e-5, 8e-6, 3e-6, 1e-6] if args.finetune else [1e-3, 8e-4, 3e-4, 1e-4, 8e-5]
     else:
         optimizer, lrs = functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4), [0.1, 0.05, 0.03, 0.02, 0.01]
-    lrs, num_classes, (rank, world) = args.lr or lrs, train.num_classes, common.rank_and_world()
+    lrs, num_classes, (rank, world) = args.lr or lrs, train.num_classes, training.rank_and_world()
     read = functools.partial(local_features, layers=args.layers)
     with torch.no_grad():
         width = read(backbone.eval(), torch.zeros(1, 3, args.size, args.size, device=device)).shape[1]
@@ -654,7 +657,7 @@ def retrieve(backbone, train, val, args, device, k=50, runs=5):
     Exact. Training patches are recomputed and never kept, validation patches are held for args.chunk images at a time.
     """
     backbone.eval()
-    (rank, world), num_classes = common.rank_and_world(), train.num_classes
+    (rank, world), num_classes = training.rank_and_world(), train.num_classes
     trials = [(factor, run) for factor in args.subsample for run in range(runs if factor > 1 else 1)]
     counts = torch.zeros(len(trials), 2, num_classes, num_classes, dtype=torch.int64, device=device)
     for start in range(0, len(val), args.chunk):
@@ -698,7 +701,7 @@ def correspond(backbone, data, args, device, num_matches=20, batch_size=64):
     feature distance, right where they are the matches by location too (VICRegL, Eqs. 2 and 3).
     """
     backbone.eval()
-    rank, world = common.rank_and_world()
+    rank, world = training.rank_and_world()
     views = common.Views(data, functools.partial(four_views, size=args.size), seed=0)
     chunks = [[(0, i) for i in range(start, min(start + batch_size, len(data)))]
               for start in range(0, len(data), batch_size)][rank::world]  # whole batches, for the same colours on any G
@@ -775,7 +778,7 @@ def bag(backbone, train, val, args, device):
         """A row for each name, on so many columns of the features that `how` describes."""
         parts = [all_features(backbone.eval(), data, size, device, args.bf16, args.workers, **how) for data in (train, val)]
         y, labels = labelled(*parts[0])
-        (queries, targets), (rank, world) = parts[1], common.rank_and_world()
+        (queries, targets), (rank, world) = parts[1], training.rank_and_world()
         for name, rows, q in zip(names, y.split(widths, 1), queries.split(widths, 1)):
             neighbours = nearest_of_all(q, zip(rows[rank::world].split(4096), labels[rank::world].split(4096)), 20)
             found = 100 * (vote(*neighbours, len(train.classes)) == targets).double().mean().item()
@@ -799,14 +802,14 @@ def bag(backbone, train, val, args, device):
 
 def report(title, rows, path):
     """Prints {row: {column: number}} as a table and adds it to the JSON in `path`, both on the first process only."""
-    if common.rank_and_world()[0]:
+    if training.rank_and_world()[0]:
         return
     columns = list(next(iter(rows.values())))
     print("  ".join([f"{title:24}", *columns]))
     for name, row in rows.items():
         print("  ".join([f"{name:{max(24, len(title))}}", *(f"{row[c]:{len(c)}.1f}" for c in columns)]), flush=True)
     tables = json.loads(path.read_text()) if path.exists() else {}
-    common.write(path, lambda file: file.write(json.dumps(tables | {title: rows}, indent=1).encode()))
+    training.write(path, lambda file: file.write(json.dumps(tables | {title: rows}, indent=1).encode()))
 
 
 def load(args):
@@ -821,12 +824,12 @@ def load(args):
         scale = str(run.get("patch_scale", 0.2))
         args.patch_scale = 0.2 if "-" in scale else float(scale)
     args.size = args.size or (512 if dense else run.get("size", 224))  # 512: VICRegL D.2, CrIBo A.2
-    args.bf16 = run.get("bf16", common.has_bf16()) if args.bf16 is None else args.bf16
+    args.bf16 = run.get("bf16", training.has_bf16()) if args.bf16 is None else args.bf16
     if args.checkpoint == "random":
         torch.manual_seed(0)
         return common.build_backbone(args.arch, args.size), Path(f"{args.protocol}.json")
     folder = path if path.is_dir() else path.parent
-    return common.load_backbone(path, args.arch), folder / f"{args.protocol}.json"
+    return weights.load_backbone(path, args.arch), folder / f"{args.protocol}.json"
 
 
 def open_parts(args):
@@ -900,9 +903,9 @@ def parse_args():
 
 
 def main():
-    with common.one_line_errors():
+    with training.one_line_errors():
         args = parse_args()
-        device = common.set_up(seed=0)
+        device = training.set_up(seed=0)
         backbone, path = load(args)
         kept = ("arch", "size", "finetune", "labels", "augment", "layers", "head", "steps", "epochs", "batch_size",
                 "patch_scale")

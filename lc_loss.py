@@ -220,28 +220,29 @@ def train(args):
     import functools
 
     import common
+    import training
     from evaluate import knn_report
 
-    device = common.set_up(args.seed)
+    device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
     backbone = common.build_backbone(args.arch, args.size)
     if args.size % backbone.stride or args.size < 2 * backbone.stride:  # the grid of locations would not cover the view
         raise common.UserError(f"--size {args.size}: {args.arch} needs two or more times its stride, {backbone.stride}")
     # distribute() turns BatchNorm into SyncBatchNorm on CUDA: BYOL's batch statistics are the global batch's.
-    model, ddp = common.distribute(BYOL(backbone, [int(w) for w in args.projector.split("-")], len(data.classes)), device)
-    optimizer = common.LARS([p for p in model.parameters() if p.requires_grad], weight_decay=args.weight_decay)
-    run = common.Run(args, model, optimizer, data, device)
+    model, ddp = training.distribute(BYOL(backbone, [int(w) for w in args.projector.split("-")], len(data.classes)), device)
+    optimizer = training.LARS([p for p in model.parameters() if p.requires_grad], weight_decay=args.weight_decay)
+    run = training.Run(args, model, optimizer, data, device)
     colour_c, colour_sc = (common.Photometric(**colour) for colour in COLOURS)
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
-        generator = common.seed_step(args.seed, run.step)
+        generator = training.seed_step(args.seed, run.step)
         x_c, x_sc = (colour(x, generator) for colour, x in zip((colour_c, colour_sc), batch.views))
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             *outputs, logits = ddp(x_c, x_sc)
         points, valid = correspondences(batch.boxes[:, 1], batch.flips[:, 1], batch.sizes, args.size // backbone.stride)
         loss, parts = lc_loss(*outputs, points, valid, args.alpha, args.temperature, args.local_loss)
-        probe_loss, accuracy = common.probe(logits, batch.labels)
-        lr, momentum = run.set_lr(), common.cosine_schedule(run.step, run.total, 0, args.momentum, 1.0)
+        probe_loss, accuracy = training.probe(logits, batch.labels)
+        lr, momentum = run.set_lr(), training.cosine_schedule(run.step, run.total, 0, args.momentum, 1.0)
         optimizer.zero_grad()
         (loss + probe_loss).backward()
         optimizer.step()
@@ -253,16 +254,16 @@ def train(args):
 
 
 def main():
-    import common
+    import training
 
-    with common.one_line_errors():
+    with training.one_line_errors():
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--projector", help="hidden and output width of projector and predictor")
         parser.add_argument("--alpha", type=float, help="weight of the local loss; 0: BYOL's alone")
         parser.add_argument("--local-loss", default="contrastive", choices=["contrastive", "mse"])
         parser.add_argument("--temperature", type=float, default=0.1)
         parser.add_argument("--momentum", type=float, help="of the target network at the start; 1 at the end")
-        train(common.parse_args(parser, RECIPES))
+        train(training.parse_args(parser, RECIPES))
 
 
 if __name__ == "__main__":

@@ -204,24 +204,26 @@ def train(args):
     import functools
 
     import common
+    import training
     from evaluate import knn_report
 
-    device = common.set_up(args.seed)
+    device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
     backbone = common.build_backbone(args.arch, args.size)
-    model, ddp = common.distribute(VICReg(backbone, [int(w) for w in args.projector.split("-")], len(data.classes)), device)
-    optimizer = common.LARS(model.parameters(), weight_decay=args.weight_decay)
-    run = common.Run(args, model, optimizer, data, device)
+    widths = [int(w) for w in args.projector.split("-")]
+    model, ddp = training.distribute(VICReg(backbone, widths, len(data.classes)), device)
+    optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)
+    run = training.Run(args, model, optimizer, data, device)
     area, *colours = VIEWS[args.views]
     colour_a, colour_b = (common.Photometric(**colour) for colour in colours)
 
     for batch in run.batches(functools.partial(sample_views, area=area, size=args.size)):
-        generator = common.seed_step(args.seed, run.step)
+        generator = training.seed_step(args.seed, run.step)
         x_a, x_b = (colour(x, generator) for colour, x in zip((colour_a, colour_b), batch.views))
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             z_a, z_b, logits = ddp(x_a, x_b)
         loss, parts = vicreg_loss(z_a, z_b, args.inv_coeff, args.var_coeff, args.cov_coeff)
-        probe_loss, accuracy = common.probe(logits, batch.labels)
+        probe_loss, accuracy = training.probe(logits, batch.labels)
         lr = run.set_lr()
         optimizer.zero_grad()
         (loss + probe_loss).backward()
@@ -232,16 +234,16 @@ def train(args):
 
 
 def main():
-    import common
+    import training
 
-    with common.one_line_errors():
+    with training.one_line_errors():
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--projector", help="widths of its layers")
         parser.add_argument("--views", default="paper", choices=VIEWS)
         parser.add_argument("--inv-coeff", type=float, default=25.0)
         parser.add_argument("--var-coeff", type=float, default=25.0)
         parser.add_argument("--cov-coeff", type=float, default=1.0)
-        train(common.parse_args(parser, RECIPES))
+        train(training.parse_args(parser, RECIPES))
 
 
 if __name__ == "__main__":

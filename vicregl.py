@@ -364,6 +364,7 @@ RECIPES = {  # chosen by --arch (any ConvNeXt) or else by --data; any other data
 def check_views(args, backbone):
     """Says, before the run, which views have fewer locations than --num-matches. Raises UserError if one has none."""
     import common
+    import training
 
     for kind, (_, _, scale) in enumerate(VIEWS[args.views]):
         size = round(scale * args.size)
@@ -378,17 +379,17 @@ def check_views(args, backbone):
                 raise common.UserError(f"--{flag.replace('_', '-')} takes one number, or one for large and one for small "
                                        "views; 0: all")
             asked = getattr(args, flag)[0 if kind == 0 else -1]
-            if asked > locations and common.rank_and_world()[0] == 0:
+            if asked > locations and training.rank_and_world()[0] == 0:
                 print(f"note: views of {size} pixels have {locations} locations, so --{flag.replace('_', '-')} is "
                       f"{locations} for them, not {asked}", flush=True)
 
 
 def make_optimizer(args, model):
     """LARS, or for a ConvNeXt AdamW: it decays no bias and no normalisation, and trains the local projector slowly."""
-    import common
+    import training
 
     if not args.arch.startswith("convnext"):
-        return common.LARS(model.parameters(), weight_decay=args.weight_decay)
+        return training.LARS(model.parameters(), weight_decay=args.weight_decay)
     groups = {}
     for name, p in model.named_parameters():
         decayed, local = p.squeeze().ndim > 1, name.startswith("local_projector")  # a layer scale is (D, 1, 1)
@@ -402,9 +403,10 @@ def make_optimizer(args, model):
 def match_report(args, model, device):
     """Prints the share of feature matches that are nearest by location too, over two views of validation images."""
     import common
+    import training
 
     val = common.open_data(args.data, "val", args.size)
-    if val is None or common.rank_and_world()[0]:
+    if val is None or training.rank_and_world()[0]:
         return
     views = common.Views(val, functools.partial(sample_views, kinds=VIEWS["two"], size=args.size), args.seed)
     keys = [(0, i) for i in range(min(len(val), 512))]
@@ -422,28 +424,29 @@ def match_report(args, model, device):
 
 def train(args):
     import common
+    import training
     from evaluate import knn_report
 
-    device = common.set_up(args.seed)
+    device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
     backbone = common.build_backbone(args.arch, args.size, args.drop_path)
     check_views(args, backbone)
     widths, local_widths = ([int(w) for w in s.split("-")] for s in (args.projector, args.local_projector))
     norm = nn.LayerNorm if args.arch.startswith("convnext") else nn.BatchNorm1d
-    model, ddp = common.distribute(VICRegL(backbone, widths, local_widths, len(data.classes), norm), device)
+    model, ddp = training.distribute(VICRegL(backbone, widths, local_widths, len(data.classes), norm), device)
     optimizer = make_optimizer(args, model)
-    run = common.Run(args, model, optimizer, data, device)
+    run = training.Run(args, model, optimizer, data, device)
     colour = common.Photometric(jitter=JITTER, blur_p=0.5, solarize_p=0.1)
 
     for batch in run.batches(functools.partial(sample_views, kinds=VIEWS[args.views], size=args.size)):
-        generator = common.seed_step(args.seed, run.step)
+        generator = training.seed_step(args.seed, run.step)
         views = [colour(x, generator) for x in batch.views]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             embeddings, maps, logits = ddp(views)
         pos = map_positions(batch.boxes, batch.flips, maps)
         loss, parts = vicregl_loss(embeddings, maps, pos, args.alpha, args.num_matches, args.num_feature_matches,
                                    args.inv_coeff, args.var_coeff, args.cov_coeff)
-        probe_loss, accuracy = common.probe(logits, batch.labels)
+        probe_loss, accuracy = training.probe(logits, batch.labels)
         lr = run.set_lr()
         optimizer.zero_grad()
         (loss + probe_loss).backward()
@@ -455,9 +458,9 @@ def train(args):
 
 
 def main():
-    import common
+    import training
 
-    with common.one_line_errors():
+    with training.one_line_errors():
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--projector", help="widths of its layers")
         parser.add_argument("--local-projector", default="512-512-512", help="widths of its layers")
@@ -471,7 +474,7 @@ def main():
         parser.add_argument("--cov-coeff", type=float, default=1.0)
         parser.add_argument("--drop-path", type=float, default=0.0, help="of ConvNeXt and ViT")
         parser.add_argument("--local-lr-ratio", type=float, default=1.0, help="of the local projector (AdamW)")
-        train(common.parse_args(parser, RECIPES))
+        train(training.parse_args(parser, RECIPES))
 
 
 if __name__ == "__main__":

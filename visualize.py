@@ -34,6 +34,7 @@ import common
 import cribo
 import evaluate
 import lc_loss
+import training
 import vicreg
 import vicregl
 
@@ -649,7 +650,7 @@ def draw(args):
     """Yields the pictures of a command."""
     if args.run is curves:
         return curves(args)
-    args.device, models = common.set_up(args.seed), []
+    args.device, models = training.set_up(args.seed), []
     if args.run is views:
         args.data = args.data or "shapes"
         args.size = args.size or (64 if args.data == "shapes" else 224)
@@ -661,7 +662,7 @@ def draw(args):
 
 @torch.no_grad()
 def main():
-    with common.one_line_errors():
+    with training.one_line_errors():
         args = parse_args()
         if args.out.suffix != ".png":
             raise common.UserError(f"--out {args.out} must end in .png")
@@ -671,7 +672,7 @@ def main():
                 raise common.UserError(f"--{name.replace('_', '-')} {vars(args)[name]}: it must lie in {low:g} to {high:g}")
         picture = ImageOps.expand(below(*draw(args)), GAP, WHITE)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        common.write(args.out, lambda file: picture.save(file, "PNG", optimize=True))
+        training.write(args.out, lambda file: picture.save(file, "PNG", optimize=True))
         print(f"{args.out}: {picture.width} x {picture.height} pixels")
 
 

@@ -39,12 +39,13 @@ import bagssl
 import common
 import cribo
 import lc_loss
+import training
 import vicreg
 import vicregl
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
-BF16 = common.has_bf16()
+BF16 = training.has_bf16()
 
 # --- Measuring -----------------------------------------------------------------------------------------------------
 
@@ -260,10 +261,10 @@ def on_device(model):
 def training_step(model, colours, forward, loss, optimizer=None, after=lambda: None):
     """A step on two random views as in the methods' train(): colours, forward(views), loss(outputs), gradient, update."""
     x, colours = views(2), [common.Photometric(**colour) for colour in colours]
-    optimizer = optimizer or common.LARS([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=1e-6)
+    optimizer = optimizer or training.LARS([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=1e-6)
 
     def step():
-        generator = common.seed_step(0, 0)
+        generator = training.seed_step(0, 0)
         inputs = [colour(view, generator) for colour, view in zip(colours, x)]
         with autocast():
             outputs = forward(inputs)
@@ -384,7 +385,7 @@ def lars_row():
             m.mul_(momentum).add_(update)
             p.add_(m, alpha=-lr)
 
-    return ARCH, common.LARS(params, lr=1e-4, weight_decay=1e-6).step, loop
+    return ARCH, training.LARS(params, lr=1e-4, weight_decay=1e-6).step, loop
 
 
 # --- Data ----------------------------------------------------------------------------------------------------------
@@ -440,7 +441,7 @@ def photometric():
     """Colours of 2 x IMAGES views against a step of the plain backbone with LARS on them."""
     x, colour = torch.cat(views(2)), common.Photometric(**vicreg.VIEWS["paper"][1])
     model = on_device(common.build_backbone(ARCH))
-    optimizer, inputs = common.LARS(model.parameters(), lr=0.1), common.normalize(x.float() / 255)
+    optimizer, inputs = training.LARS(model.parameters(), lr=0.1), common.normalize(x.float() / 255)
 
     def step():
         with autocast():

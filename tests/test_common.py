@@ -12,6 +12,9 @@ from PIL import Image
 
 import common
 import evaluate
+import shapes
+import training
+import weights
 
 # --- backbones -----------------------------------------------------------------------------------------------------
 
@@ -159,11 +162,11 @@ def test_every_kind_of_file_decodes_upright_in_rgb(tmp_path):
 
 
 def test_shapes_are_deterministic_at_any_size():
-    a, b = common.Shapes("train", 96), common.Shapes("train", 96)
+    a, b = shapes.Shapes("train", 96), shapes.Shapes("train", 96)
     assert np.array_equal(a.scene(7)[0], b.scene(7)[0]) and not np.array_equal(a.scene(7)[0], a.scene(8)[0])
-    assert not np.array_equal(a.scene(7)[0], common.Shapes("val", 96).scene(7)[0])
+    assert not np.array_equal(a.scene(7)[0], shapes.Shapes("val", 96).scene(7)[0])
     for size in (32, 100, 224):
-        image, mask = common.Shapes("train", size).scene(5)
+        image, mask = shapes.Shapes("train", size).scene(5)
         assert image.shape == (size, size, 3) and mask.shape == (size, size)
     agree, ground = 0, []
     for i in range(200):
@@ -177,7 +180,7 @@ def test_shapes_are_deterministic_at_any_size():
 
 def test_raw_pixels_do_not_tell_the_class_of_a_scene():
     def raw(split, count):
-        data = common.Shapes(split, 64)
+        data = shapes.Shapes(split, 64)
         x = np.stack([data.scene(i)[0] for i in range(count)]).reshape(count, -1)
         return common.normalize(torch.tensor(x).view(count, 64, 64, 3).permute(0, 3, 1, 2) / 255).flatten(1), \
             torch.tensor([data.label(i) for i in range(count)])
@@ -298,11 +301,11 @@ def test_lars_golden(monkeypatch, is_cuda):
     monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)  # how parameters are grouped
     g = {k: torch.tensor(v) for k, v in np.load(ROOT / "tests/golden/lars.npz").items()}
     params = [torch.nn.Parameter(g[f"init_{i}"].clone()) for i in range(4)]
-    lars = common.LARS(params, weight_decay=g["weight_decay"].item(), momentum=g["momentum"].item(), eta=g["eta"].item())
+    lars = training.LARS(params, weight_decay=g["weight_decay"].item(), momentum=g["momentum"].item(), eta=g["eta"].item())
     for step in range(6):
         if step == 3:  # the state survives a checkpoint
             state = lars.state_dict()
-            lars = common.LARS(params, weight_decay=0.5)
+            lars = training.LARS(params, weight_decay=0.5)
             lars.load_state_dict(state)
         for i, p in enumerate(params):
             p.grad = g[f"grad_{i}"][step].clone()
@@ -313,11 +316,11 @@ def test_lars_golden(monkeypatch, is_cuda):
 
 
 def test_cosine_schedule():
-    values = [common.cosine_schedule(s, 100, 10, 2.0, 0.5) for s in range(101)]
+    values = [training.cosine_schedule(s, 100, 10, 2.0, 0.5) for s in range(101)]
     assert values[0] == 0 and values[5] == 1.0 and values[10] == 2.0
     assert values[55] == pytest.approx(1.25) and values[100] == 0.5
     assert all(a > b for a, b in zip(values[10:], values[11:]))
-    assert common.cosine_schedule(0, 10, 0, 1.0, 0.0) == 1.0
+    assert training.cosine_schedule(0, 10, 0, 1.0, 0.0) == 1.0
 
 
 # --- run -----------------------------------------------------------------------------------------------------------
@@ -325,12 +328,12 @@ def test_cosine_schedule():
 
 def test_a_full_disk_keeps_the_old_file(tmp_path):
     path, old = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    common.write(path, lambda file: torch.save({"step": 1}, file))
+    training.write(path, lambda file: torch.save({"step": 1}, file))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
         with pytest.raises(common.UserError, match="cannot write .*last.pt.*is intact"):
-            common.write(path, lambda file: torch.save({"step": 2, "big": torch.zeros(10 ** 6)}, file))
+            training.write(path, lambda file: torch.save({"step": 2, "big": torch.zeros(10 ** 6)}, file))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert torch.load(path, weights_only=True) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
@@ -338,7 +341,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
 
 def test_step_seeds_are_functions_of_seed_and_step():
     def draw(seed, step):
-        generator = common.seed_step(seed, step)
+        generator = training.seed_step(seed, step)
         return torch.rand(3), torch.rand(3, generator=generator)
     a, b, c, d = draw(0, 1), draw(0, 1), draw(0, 2), draw(1, 1)
     assert all(torch.equal(x, y) for x, y in zip(a, b))
@@ -350,11 +353,11 @@ def test_load_backbone(tmp_path, arch, size):
     backbone = common.build_backbone(arch, size).eval()
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
     x = torch.randn(2, 3, 64, 64)
-    loaded = common.load_backbone(tmp_path / "backbone.pt", arch)
+    loaded = weights.load_backbone(tmp_path / "backbone.pt", arch)
     assert torch.equal(loaded(x)[0], backbone(x)[0]) and not loaded.training
     with pytest.raises(common.UserError, match="not a resnet34"):
-        common.load_backbone(tmp_path / "backbone.pt", "resnet34")
+        weights.load_backbone(tmp_path / "backbone.pt", "resnet34")
     with pytest.raises(common.UserError, match="--arch"):
-        common.load_backbone(tmp_path / "backbone.pt")
+        weights.load_backbone(tmp_path / "backbone.pt")
     with pytest.raises(common.UserError, match="no checkpoint at"):
-        common.load_backbone(tmp_path / "nothing.pt", arch)
+        weights.load_backbone(tmp_path / "nothing.pt", arch)

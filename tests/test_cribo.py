@@ -15,6 +15,8 @@ from test_vicreg import wait_for_line
 
 import common
 import cribo
+import training
+import weights
 from cribo import MemoryBank, cycle_consistent_matches, distillation_loss, nearest, object_representations
 from cribo import joint_space_clustering as clustering
 
@@ -593,7 +595,7 @@ def test_a_run_step_by_step(images, tmp_path, monkeypatch):
     samples = [views[key] for key in next(iter(common.Batches(44, 8, 0, 5, 0)))]
     boxes, flips = (torch.stack([getattr(s, name) for s in samples]) for name in ("boxes", "flips"))
     assert torch.equal(seen[0][1], cribo.joint_positions(boxes, flips, 4)) and flips.any() and not flips.all()
-    generator = common.seed_step(0, 0)
+    generator = training.seed_step(0, 0)
     coloured = [common.Photometric(**colour)(torch.stack([s.views[i] for s in samples]), generator)
                 for i, colour in enumerate(cribo.COLOURS)]
     assert torch.equal(seen[0][0], torch.cat(coloured)) and clipped == [3.0] * 15
@@ -617,7 +619,7 @@ def test_a_run_step_by_step(images, tmp_path, monkeypatch):
     state = torch.load(folder / "last.pt", weights_only=True)
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [log[-1]["decay"], 0.0]
     state = state["model"]
-    backbone = common.load_backbone(folder).state_dict()
+    backbone = weights.load_backbone(folder).state_dict()
     saved = torch.load(folder / "backbone.pt", weights_only=True)
     assert any(not torch.equal(value, state[f"student.backbone.{key}"]) for key, value in backbone.items())
     for key, value in backbone.items():  # the result is the teacher's

@@ -17,6 +17,8 @@ from PIL import Image
 import bagssl
 import common
 import evaluate
+import shapes
+import weights
 
 
 def blobs(n, classes=5, seed=0):
@@ -110,7 +112,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, word):
 ])
 def test_every_protocol_on_shapes(tmp_path, monkeypatch, capsys, command, length, column):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.Shapes, "__len__", lambda self: length)
+    monkeypatch.setattr(shapes.Shapes, "__len__", lambda self: length)
     flags = "--checkpoint random --arch tiny_convnet --size 32 --workers 0"
     monkeypatch.setattr(sys, "argv", f"evaluate.py {command} {flags}".split())
     evaluate.main()
@@ -514,7 +516,7 @@ def test_layouts_of_checkpoints(tmp_path, monkeypatch, arch):
         expected = backbone(x)
         for name, held in layouts(arch, backbone.state_dict()):
             torch.save(held, tmp_path / "w.pth")
-            loaded = common.load_backbone(tmp_path / "w.pth", arch)
+            loaded = weights.load_backbone(tmp_path / "w.pth", arch)
             assert all(torch.equal(a, b) for a, b in zip(loaded(x), expected)), name
 
 
@@ -523,7 +525,7 @@ def test_torchvisions_vit(tmp_path):
     vit = torchvision.models.VisionTransformer(64, 8, 4, 4, 128, 512).eval()
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
     vit.heads, x = torch.nn.Identity(), torch.randn(2, 3, 64, 64)
-    loaded = common.load_backbone(tmp_path / "vit.pth", "tiny_vit")
+    loaded = weights.load_backbone(tmp_path / "vit.pth", "tiny_vit")
     torch.testing.assert_close(loaded(x)[1], vit(x), rtol=1e-4, atol=1e-5)
 
 

@@ -32,6 +32,7 @@ import bagssl
 import common
 import cribo
 import lc_loss
+import training
 import vicreg
 import vicregl
 
@@ -311,7 +312,7 @@ def test_each_start_has_a_store_of_its_own(late):
 
     def begin(start, rank):
         time.sleep(0.2 * (rank == late))
-        mine = common.of_this_start(store, rank, 3)
+        mine = training.of_this_start(store, rank, 3)
         mine.set(f"here {rank}", str(start))
         found[start, rank] = [mine.get(f"here {r}") for r in range(3)]
     for start in range(3):  # what earlier starts left in the store must not be found
@@ -355,11 +356,11 @@ def test_a_killed_process_ends_the_others(flags, tmp_path):
     runs[1].kill()
     assert runs[0].end(30) == 2
     (line,) = errors(runs[0])
-    assert "another process of this run has ended" in line and common.whole(tmp_path / "cut" / "last.pt")
+    assert "another process of this run has ended" in line and training.whole(tmp_path / "cut" / "last.pt")
 
 
 def _short_timeout():
-    common.TIMEOUT = common.datetime.timedelta(seconds=4)
+    training.TIMEOUT = common.datetime.timedelta(seconds=4)
 
 
 def test_a_process_that_stops_answering_is_a_timeout(flags, tmp_path):
@@ -369,7 +370,7 @@ def test_a_process_that_stops_answering_is_a_timeout(flags, tmp_path):
     code = runs[0].end(40)
     runs[1].kill()
     (line,) = errors(runs[0])
-    assert code == 2 and "has not answered" in line and common.whole(tmp_path / "cut" / "last.pt")
+    assert code == 2 and "has not answered" in line and training.whole(tmp_path / "cut" / "last.pt")
 
 
 def _poison(step):
@@ -379,7 +380,7 @@ def _poison(step):
     def poisoned(self, x, generator):
         calls.append(1)
         x = normal(self, x, generator)
-        return x * math.nan if common.rank_and_world()[0] == 1 and len(calls) > 2 * step else x
+        return x * math.nan if training.rank_and_world()[0] == 1 and len(calls) > 2 * step else x
     common.Photometric.__call__ = poisoned
 
 
@@ -445,7 +446,7 @@ def test_a_killed_data_worker_ends_the_run(flags, undisturbed, tmp_path):
     assert run.end(40) == 2 and len(workers) == 2
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), seconds=2)
     (line,) = errors(run)
-    assert "data loading process was killed" in line and common.whole(tmp_path / "cut" / "last.pt")
+    assert "data loading process was killed" in line and training.whole(tmp_path / "cut" / "last.pt")
     again = Command(*command, said=tmp_path / "said")
     assert again.end() == 0, again.said()
     assert_same(undisturbed("vicreg"), tmp_path / "cut")
@@ -479,7 +480,7 @@ def test_a_file_system_without_locks(flags, tmp_path, monkeypatch, capsys):
 
 def _fill_the_disk(begin, end):
     """No file grows between two log lines, as on a full disk; but for what the run says."""
-    normal, teller = common.Run.log, subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    normal, teller = training.Run.log, subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     for stream in (1, 2):
         os.dup2(teller.stdin.fileno(), stream)
     teller.stdin.close()
@@ -491,7 +492,7 @@ def _fill_the_disk(begin, end):
         if self.step == end:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         normal(self, **metrics)
-    common.Run.log = log
+    training.Run.log = log
 
 
 @pytest.mark.slow
@@ -711,7 +712,7 @@ def test_strange_files(tmp_path, monkeypatch, capsys):
         name = Path(data.name(index)).name
         sample = views[0, index]
         assert (sample.broken == index) == (name in bad), name
-        common.Run.note_broken(run, torch.tensor([sample.broken]))
+        training.Run.note_broken(run, torch.tensor([sample.broken]))
         said = capsys.readouterr().err
         if name in bad:
             assert said.count("\n") == 1 and common.printable(name) in said and bad[name] in said, said
@@ -786,13 +787,13 @@ def test_bf16_stays_within_1_percent(method, flags, tmp_path):
 
 
 def _stop_after(step):
-    normal = common.Run.log
+    normal = training.Run.log
 
     def log(self, **metrics):
         normal(self, **metrics)
         if self.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-    common.Run.log = log
+    training.Run.log = log
 
 
 def vicreg_case(make):

@@ -240,15 +240,15 @@ def run_here(monkeypatch, *args):
 
 
 def test_usr1_saves_and_another_argument_is_refused(images, tmp_path, monkeypatch, capsys):
-    import common
+    import training
     command = ("--data", images, *SMALL, "--save-minutes", 60, "--workers", 0, "--out", tmp_path)
-    log = common.Run.log
+    log = training.Run.log
 
     def interrupt(self, **metrics):
         log(self, **metrics)
         if self.step == 6:
             os.kill(os.getpid(), signal.SIGUSR1)
-    monkeypatch.setattr(common.Run, "log", interrupt)
+    monkeypatch.setattr(training.Run, "log", interrupt)
     with pytest.raises(SystemExit) as stop:
         run_here(monkeypatch, *command)
     assert stop.value.code == 0 and "SIGUSR1: saved at step 7" in capsys.readouterr().out

@@ -1,7 +1,4 @@
-"""What the five methods share and no paper defines: backbones, data, optimisation, and a run's plumbing.
-
-    Legend of all files: B batch, V views, H W map height and width, N = H*W locations, D width.
-"""
+"""A run's plumbing, which no paper defines: processes, optimizer, flags, checkpoints, resume, log."""
 import argparse
 import contextlib
 import datetime
@@ -11,13 +8,12 @@ import json
 import math
 import multiprocessing
 import os
-import random
-import re
 import resource
 import signal
+import subprocess
 import sys
 import time
-import zipfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -25,16 +21,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from common import ARCHITECTURES, Batch, Batches, UserError, Views, printable, read_checkpoint
+from common import ARCHITECTURES, Batch, Batches, UserError, Views, seed_of
 
-# --- 3. Optimisation -----------------------------------------------------------------------------------------------
+TIMEOUT = datetime.timedelta(minutes=30)  # a slow disk can keep one process that long
+VOTE_EVERY = 10  # steps between the votes of several processes to save or to stop
 
+# --- 1. Optimization ------------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose step on each weight matrix is scaled to eta times the matrix's norm (You et al., arXiv 1708.03888).
+    """SGD whose step on a weight matrix is scaled to eta times the matrix's norm (arXiv:1708.03888).
 
-    One-dimensional parameters (biases, normalisation) are neither decayed nor scaled. A step overwrites the gradients of
-    the others, instead of allocating as much again.
+    One-dimensional parameters (biases, normalization) are neither decayed nor scaled. The gradients
+    are overwritten, so that a step allocates nothing.
     """
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
@@ -43,36 +41,38 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            live = [p for p in group["params"] if p.grad is not None]
-            together = [p for p in live if p.ndim > 1], [p for p in live if p.ndim < 2]  # on a GPU: few launches
-            alone = [[p] for p in live]  # on a CPU: a parameter stays in the cache from one line to the next
-            for params in together if live and live[0].is_cuda else alone:
-                if not params:
-                    continue
-                updates = [p.grad for p in params]
-                if params[0].ndim > 1:
-                    torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-                    w, u = (torch.stack(torch._foreach_norm(t)) for t in (params, updates))
-                    ratio = torch.where((w > 0) & (u > 0), group["eta"] * w / u, 1.0)
-                    torch._foreach_mul_(updates, ratio.unbind())
+            params = [p for p in group["params"] if p.grad is not None]
+            matrices = [p for p in params if p.ndim > 1]
+            if matrices:
+                grads = [p.grad for p in matrices]
+                torch._foreach_add_(grads, matrices, alpha=group["weight_decay"])
+                w = torch.stack(torch._foreach_norm(matrices))
+                g = torch.stack(torch._foreach_norm(grads))
+                ratio = torch.where((w > 0) & (g > 0), group["eta"] * w / g, 1.0)
+                torch._foreach_mul_(grads, ratio.unbind())
+            if params:
                 for p in params:
-                    if not self.state[p]:
+                    if p not in self.state:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_mul_(momenta, group["momentum"])
-                torch._foreach_add_(momenta, updates)
+                torch._foreach_add_(momenta, [p.grad for p in params])
                 torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
 def cosine_schedule(step, total, warmup, peak, final):
-    """Linear from 0 to `peak` over the first `warmup` steps, then half a cosine to `final` at step `total`."""
+    """Linear from 0 to `peak` in `warmup` steps, then half a cosine to `final` at step `total`."""
     if step < warmup:
         return peak * step / warmup
-    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    progress = (step - warmup) / (total - warmup)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))
 
 
 def probe(logits, labels):
-    """Loss and accuracy of the online linear classifier; labels (B,) are -1 where unknown, logits None without labels."""
+    """Loss and {"accuracy"} of a linear classifier trained along, from logits (B, classes) or None.
+
+    labels (B,) are -1 where unknown.
+    """
     if logits is None:
         return 0.0, {}
     known = (labels >= 0).sum().clamp(min=1)
@@ -80,83 +80,59 @@ def probe(logits, labels):
     return loss, {"accuracy": (logits.argmax(1) == labels).sum() / known}
 
 
-# --- 4. Run --------------------------------------------------------------------------------------------------------
+# --- 2. Processes ---------------------------------------------------------------------------------
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-TIMEOUT = datetime.timedelta(minutes=30)  # listing the images of a slow disk takes one process longer than another
-GONE = {  # how torch says that another process is gone: what to say
-    r"DataLoader worker \(.*(killed|exited)": "a data loading process was killed: lower --workers if memory is short",
-    r"Connection (closed|reset) by peer|Broken pipe|remote process exited":
-        "another process of this run has ended: see what it said",
-    r"Timed out waiting|Application timeout": f"another process of this run has not answered for {TIMEOUT} h",
-}
+def of_this_start(store, rank, world):
+    """The part of torchrun's store that belongs to this start: the store outlives a restart, and
+    with it the addresses of the dead.
 
-
-@contextlib.contextmanager
-def one_line_errors():
-    """Around a main(): a UserError, or the loss of another process, becomes one line on stderr and exit code 2."""
-    try:
-        yield
-    except (UserError, RuntimeError) as error:
-        line = str(error).rpartition("common.UserError: ")[2].strip()  # a loader's worker puts its traceback before it
-        if not isinstance(error, UserError):
-            line = next((f"{said}; the same command resumes" for seen, said in GONE.items() if re.search(seen, line)), None)
-            if line is None:
-                raise
-        if line and first_to_say(line):
-            print(f"error: {printable(line)}", file=sys.stderr, flush=True)
-        if dist.is_initialized():  # others may yet ask the store who says it; a thread of gloo needs Python's lock to end,
-            time.sleep(1)  # and torch 2.11 would wait for it with the lock
-        if not isinstance(error, UserError):  # an orderly end would wait for a dead process, or for a lock it died with
-            left = multiprocessing.active_children()
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whose handler, torch's, would raise the error anew
-            for worker in left:
-                worker.kill()
-            os._exit(2)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def first_to_say(line):
-    """Whether no other process has said it yet, as far as one can know."""
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # the store may have gone with the process that held it
-            return dist.distributed_c10d._get_default_store().add(line, 1) == 1
-    return True
-
-
-def parse_args(parser, recipes):
-    """Adds the flags of every method; a recipe gives the defaults, any flag overrides it.
-
-    recipes: by the family of --arch (resnet, convnext, vit) if it has one, else by --data, else imagenet's.
+    Each process writes a new name of its own before it reads those of all. So all can agree on the
+    same list of names only when every name in it is new; its digest then names the part.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    flag = parser.add_argument
-    flag("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, voc, or a folder of images (or one in $DATA)")
-    flag("--arch", help=", ".join(ARCHITECTURES))
-    flag("--size", type=int, help="pixels of a view")
-    flag("--epochs", type=int)
-    flag("--batch-size", type=int, help="over all processes")
-    flag("--base-lr", type=float, help="the peak is base-lr * batch-size / 256")
-    flag("--final-lr", type=float)
-    flag("--weight-decay", type=float)
-    flag("--warmup-epochs", type=int)
-    flag("--seed", type=int, default=0)
-    flag("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16(), help="autocast; default: where it is fast")
-    flag("--workers", type=int, default=min(12, cores), help="data loading processes of each training process")
-    flag("--out", default="runs", help="folder of all runs")
-    flag("--name", help="this run's folder in --out; by default METHOD-DATA")
-    flag("--save-minutes", type=float, default=10, help="time between checkpoints")
-    flag("--log-every", type=int, default=50, help="steps between log lines")
-    known = parser.parse_known_args()[0]
-    data, family = Path(known.data).name, (known.arch or "").split("_")[0]
-    recipe = recipes.get(family, recipes.get(data, recipes["imagenet"]))
-    parser.set_defaults(**recipe, name=f"{Path(sys.argv[0]).stem}-{data}")
-    return parser.parse_args()
+    store.set(f"name {rank}", os.urandom(8).hex())
+    digest = None
+    while digest is None or store.add(digest, 0) < world:
+        names = store.multi_get([f"name {r}" for r in range(world)])
+        if hashlib.sha256(b"".join(names)).hexdigest() != digest:
+            digest = hashlib.sha256(b"".join(names)).hexdigest()
+            store.add(digest, 1)
+        time.sleep(0.02)
+    return dist.PrefixStore(digest, store)
 
+
+def set_up(seed):
+    """Joins torchrun's process group (NCCL or gloo; none without it) and seeds -> the device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = of_this_start(store, rank, world)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=TIMEOUT)
+    torch.manual_seed(seed)
+    return device
+
+
+def distribute(model, device):
+    """The model on its device, and the same in DDP: channels_last, SyncBatchNorm on CUDA."""
+    model = model.to(device, memory_format=torch.channels_last)
+    if not dist.is_initialized():
+        return model, model
+    ids = None
+    if device.type == "cuda":  # on the CPU, BatchNorm's statistics stay those of each process
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        ids = [device.index]
+    return model, nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+
+
+# --- 3. Command line ------------------------------------------------------------------------------
 
 def has_bf16():
     """Whether bfloat16 is fast here: on GPUs and CPUs with instructions for it."""
@@ -165,324 +141,448 @@ def has_bf16():
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
-def of_this_start(store, rank, world):
-    """The part of torchrun's store that is of this start alone.
+def cores():
+    """The CPU cores of this process, where a machine's processes share them."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    The store outlives a restart (of torch 2.15 at least), and with it the addresses of the dead, to which some process
-    would try to connect. So each process draws a name, the first one lists the names until all processes have found
-    themselves in one and the same list, and that list is the part's name.
+
+LIMITS = dict(
+    size=(1, 4096), epochs=(1, math.inf), batch_size=(2, math.inf), base_lr=(0, math.inf),
+    final_lr=(0, math.inf), weight_decay=(0, math.inf), warmup_epochs=(0, math.inf),
+    seed=(0, 2**31), workers=(0, 1024), save_minutes=(0, math.inf), log_every=(1, math.inf),
+)
+
+
+def parse_args(parser, recipes, limits):
+    """Adds the flags of every method. A recipe gives the defaults, any flag overrides it.
+
+    recipes: by the family of --arch (resnet, convnext, vit) if it has one, else by --data, else
+    imagenet's; limits: {flag: (lowest, highest)}. Raises UserError for what is out of them.
     """
-    mine, agreed = os.urandom(8).hex(), None
-    store.set(f"name {rank}", mine)
-    while not agreed or store.add(agreed, 0) < world:
-        if rank == 0:
-            store.set("names", " ".join(store.get(f"name {r}").decode() for r in range(world)))
-        names = store.get("names").decode()
-        digest = hashlib.sha256(names.encode()).hexdigest()
-        if mine in names and digest != agreed:
-            agreed = digest
-            store.add(agreed, 1)
-        time.sleep(0.02)
-    return dist.PrefixStore(agreed, store)
+    flag = parser.add_argument
+    flag("--data", default="shapes",
+         help="shapes, cifar10, cifar100, stl10, voc, or a folder of images (or one in $DATA)")
+    flag("--arch", help=", ".join(ARCHITECTURES))
+    flag("--size", type=int, help="side of a view in pixels")
+    flag("--epochs", type=int, help="passes over the data")
+    flag("--batch-size", type=int, help="images of a step, of all processes together")
+    flag("--base-lr", type=float, help="the peak learning rate is base-lr * batch-size / 256")
+    flag("--final-lr", type=float, help="learning rate of the last step")
+    flag("--weight-decay", type=float, help="of weight matrices")
+    flag("--warmup-epochs", type=int, help="epochs in which the learning rate rises to its peak")
+    flag("--seed", type=int, default=0, help="of all that is random")
+    flag("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16(),
+         help="autocast to bfloat16; by default where it is fast")
+    flag("--workers", type=int, default=min(12, cores()), help="data loading processes of each")
+    flag("--out", default="runs", help="folder of all runs")
+    flag("--name", help="this run's folder in --out; by default METHOD-DATA")
+    flag("--save-minutes", type=float, default=10, help="minutes between checkpoints")
+    flag("--log-every", type=int, default=50, help="steps between log lines")
+    known, _ = parser.parse_known_args()
+    data = Path(known.data).name
+    family = (known.arch or "").split("_")[0]
+    recipe = recipes.get(family, recipes.get(data, recipes["imagenet"]))
+    parser.set_defaults(**recipe, name=f"{Path(sys.argv[0]).stem}-{data}")
+
+    args = parser.parse_args()
+    for name, (low, high) in {**LIMITS, **limits}.items():
+        if not low <= getattr(args, name) <= high:
+            said = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UserError(f"{said}: it must be {low} or more and at most {high}")
+    return args
 
 
-def set_up(seed):
-    """Joins torchrun's process group (NCCL or gloo; none without a launcher), seeds, -> the device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=of_this_start(store, rank, world),
-                                rank=rank, world_size=world, timeout=TIMEOUT)
-    torch.manual_seed(seed)
-    return device
+def printable(text):
+    """The same on one line: control characters and bytes that are no text are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a main(): a UserError becomes one line on stderr, and exit code 2.
+
+    Every way out kills the data workers first, for which Python would wait. Where there are several
+    processes, one that fails leaves at once, and torchrun ends the others.
+    """
+    code = 0
+    try:
+        yield
+    except UserError as error:
+        code = 2
+        line = str(error).rpartition("UserError: ")[2].strip()  # a worker puts its traceback before
+        if line:
+            print(f"error: {printable(line)}", file=sys.stderr)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        if code:
+            os._exit(code)
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
-def distribute(model, device):
-    """The model on its device, and the same ready for training: channels_last, SyncBatchNorm on CUDA, DDP."""
-    model = model.to(device, memory_format=torch.channels_last)
-    if not dist.is_initialized():
-        return model, model
-    if device.type == "cuda":  # on the CPU, BatchNorm's statistics stay those of each process
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ids = [device.index] if device.type == "cuda" else None
-    return model, nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+def launch(train, parser, recipes, **limits):
+    """train(args), args being the method's flags and those of parse_args(); limits as there."""
+
+    def refuse(message):
+        raise UserError(f"{message}; see --help")
+
+    parser.error = refuse
+    with one_line_errors():
+        train(parse_args(parser, recipes, limits))
 
 
-def seed_step(seed, step):
-    """Makes all that is random on the device a function of (seed, step, rank); the generator for Photometric."""
-    rng = random.Random(f"{seed} {step} {rank_and_world()[0]}")
-    torch.manual_seed(rng.getrandbits(63))  # drop path and the like
-    return torch.Generator().manual_seed(rng.getrandbits(63))
-
+# --- 4. A run -------------------------------------------------------------------------------------
 
 def write(path, save, previous=None):
-    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens meanwhile.
+    """save(file), so that `path` holds the old file or all of the new one, whatever happens.
 
-    previous: a second name that the old file keeps.
+    previous: a second name, which the old file keeps. Raises UserError, with nothing lost.
     """
     part = path.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:  # x: follows no link that somebody put there
             save(file)
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
-            with contextlib.suppress(OSError):  # a file system without hard links keeps no previous one
+            with contextlib.suppress(OSError):  # a file system without hard links keeps none
                 previous.unlink(missing_ok=True)
-                os.link(path, previous)  # not renamed: at no moment is there no file at `path`
+                os.link(path, previous)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):  # torch.save makes a RuntimeError of a failure to write, but not only of that
+        if not isinstance(reason, OSError):  # torch.save makes a RuntimeError of a failure to write
             raise
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({reason}); what it held before is intact: free space, run again") from error
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        kept = "what it held before is intact"
+        raise UserError(f"cannot write {path} ({reason}); {kept}: free space, run again") from error
 
 
-def whole(path):
-    """Whether the checkpoint at `path` is there and holds the bytes that were written: torch.load does not look at their
-    checksums."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except Exception:  # whatever the bytes of the file make zipfile raise
-        return False
+def warn(message):
+    print("warning:", printable(str(message)), file=sys.stderr, flush=True)
+
+
+def millions(module):
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M"
 
 
 def ignore_signals(_):
-    """In data loading workers: a signal to the whole process group is the main process's to answer."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """In data workers: a signal to the whole process group is the main process's to answer."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Run:
-    """A training run in args.out/args.name: log.jsonl, last.pt, backbone.pt. Resumes from last.pt if there is one; where
-    that is damaged, from previous.pt, the checkpoint before it."""
+    """A training run in the folder OUT/NAME: log.jsonl, last.pt, backbone.pt.
 
-    FREE = {"out", "name", "workers", "save_minutes", "log_every"}  # flags that may change when a run is resumed
+    It resumes from last.pt, or where that cannot be read from previous.pt, the checkpoint before.
+    """
+
+    FREE = {"out", "name", "workers", "save_minutes", "log_every"}  # may change on resuming
 
     def __init__(self, args, model, optimizer, data, device):
-        self.args, self.model, self.optimizer, self.data, self.device = args, model, optimizer, data, device
+        self.args = args
+        self.model = model
+        self.optimizer = optimizer
+        self.data = data
+        self.device = device
         self.rank, self.world = rank_and_world()
-        self.folder, self.step, self.stop, self.broken = Path(args.out) / args.name, 0, 0, set()
-        if args.batch_size < 2 * self.world or args.batch_size % self.world:
-            raise UserError(f"--batch-size {args.batch_size} must be at least 2 for each of the {self.world} processes and "
-                            "divisible by their number")
-        self.per_epoch = len(data) // args.batch_size
-        if not self.per_epoch:
-            raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images of {args.data}")
-        self.total, self.peak_lr = args.epochs * self.per_epoch, args.base_lr * args.batch_size / 256
-        # For votes that no GPU waits for
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
-        problem = [self.claim() if self.rank == 0 else None]
-        if self.world > 1:
-            dist.broadcast_object_list(problem, group=self.control)
-        if problem[0]:
-            self.fail(problem[0])
-        if (self.folder / "last.pt").exists():
-            self.resume(read_checkpoint(self.folder / "last.pt"))
-        if self.world > 1:
-            seen = torch.tensor([self.step, -self.step, len(data), -len(data)])
-            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
-            if seen[0] != -seen[1] or seen[2] != -seen[3]:
-                raise UserError("the processes see different checkpoints or images: --out and --data must be shared by all")
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda number, frame: setattr(self, "stop", number))
+        self.folder = Path(args.out) / args.name
+        self.step = 0
+        self.signal = 0
+        self.broken = torch.zeros(2)  # images that could not be read, and images seen, since the start
+        self.per_epoch = len(data) // args.batch_size
+        self.total = args.epochs * self.per_epoch
+        self.peak_lr = args.base_lr * args.batch_size / 256
+
+        if args.batch_size < 2 * self.world or args.batch_size % self.world:
+            raise UserError(f"--batch-size {args.batch_size}: it must be a multiple of the "
+                            f"{self.world} processes, with 2 images or more for each")
+        if not self.per_epoch:
+            raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images "
+                            f"of {args.data}")
         if self.rank == 0:
-            log = self.folder / "log.jsonl"
-            kept = []
-            for line in log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []:
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # a crash of the machine may leave any bytes
-                    if line.endswith("\n") and json.loads(line)["step"] <= self.step:
-                        kept.append(line)
-            write(log, lambda file: file.write("".join(kept).encode()))
-            self.log_file = open(log, "a")
+            self.claim()
+        self.resume()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+        if self.rank == 0:
+            self.open_log()
             self.describe()
+        self.saved = time.monotonic()
 
     def claim(self):
-        """Makes the folder this run's alone, with a whole last.pt if there is any. -> what prevents it, or None."""
-        name, last, previous = self.args.name, self.folder / "last.pt", self.folder / "previous.pt"
+        """Makes the folder this run's alone."""
+        name = self.args.name
         if name in ("", ".", "..") or "/" in name or not name.isprintable():
-            return f"--name {name!r} is no name of a folder in --out: take one without slashes and control characters"
+            raise UserError(f"--name {name!r} is no name of a folder in --out: "
+                            "take one without slashes and control characters")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
+            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            return f"cannot write in {self.folder} ({error}): give another --out"
+            raise UserError(f"cannot write in {self.folder} ({error}): give another --out") from error
+        self.lock = os.fdopen(lock, "r+")  # the kernel unlocks it when the process dies
         try:
-            # The kernel drops a process's lock when it dies, however it dies; data loading workers, which may outlive it
-            # for seconds, do not inherit it, as they would one of flock(). NFS keeps it for all machines; where a file
-            # system has no locks, or keeps them for each machine alone, nothing but care prevents a second run.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            return f"another run is at work in {self.folder}: wait for its end, or give another --name"
+            raise UserError(f"another run is at work in {self.folder}: wait for its end, or give "
+                            "another --name") from None
         except OSError as error:
-            print(f"warning: cannot lock {self.folder} ({error}): start no second run in it", file=sys.stderr, flush=True)
-        if (last.exists() or previous.exists()) and not whole(last):
-            if not whole(previous):
-                return f"{last} is damaged, and there is no whole previous.pt: give another --name"
-            os.replace(previous, last)
-            print(f"warning: {last} was missing or damaged: previous.pt, the checkpoint before it, takes its place",
-                  file=sys.stderr, flush=True)
+            warn(f"cannot lock {self.folder} ({error}): start no second run in it")
 
-    def resume(self, state):
-        now, then = {**vars(self.args), "images": len(self.data)}, state["args"]
-        changed = [f"{key.replace('_', '-')} {then[key]} (now {value})" for key, value in now.items()
-                   if key in then.keys() - self.FREE and value != then[key]]
-        if changed:
-            raise UserError(f"{self.folder} was started with {', '.join(changed)}: give the same, or another --name")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.broken = state["step"], set(state["broken"])
+    def last_checkpoint(self):
+        """What last.pt holds, or else previous.pt; None where there is neither."""
+        problems = []
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if problems:
+                    warn(f"{problems[0]}: {path}, the checkpoint before it, takes its place")
+                return state
+            except Exception as error:  # whatever the bytes of the file make the unpickler raise
+                problems.append(f"{path} cannot be read ({str(error).splitlines()[0][:100]})")
+        if problems:
+            raise UserError(f"{problems[0]}, and no previous.pt: give another --name")
+        return None
+
+    def resume(self):
+        state = self.last_checkpoint()
+        now = {**vars(self.args), "images": len(self.data)}
+        if state is not None:
+            then = state["args"]
+            changed = [f"{key.replace('_', '-')} {then[key]} (now {value})"
+                       for key, value in now.items()
+                       if key in then.keys() - self.FREE and value != then[key]]
+            if changed:
+                raise UserError(f"{self.folder} was started with {', '.join(changed)}: give the "
+                                "same, or another --name")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+        if self.world > 1:
+            seen = torch.tensor([self.step, -self.step, len(self.data), -len(self.data)])
+            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
+            if seen[0] != -seen[1] or seen[2] != -seen[3]:
+                self.fail("the processes see different checkpoints or images: --out and --data "
+                          "must be shared by all")
+
+    def open_log(self):
+        """Opens log.jsonl without the lines beyond this step, which a crash can leave."""
+        path = self.folder / "log.jsonl"
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # any bytes, after a crash
+                if line.endswith(b"\n") and json.loads(line)["step"] <= self.step:
+                    kept.append(line)
+        write(path, lambda file: file.write(b"".join(kept)))
+        self.log_file = open(path, "a")
 
     def describe(self):
-        def millions(module):
-            return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M"
-        rows = {**dict(sorted(vars(self.args).items())), "peak lr": f"{self.peak_lr:g}",
-                "images": f"{len(self.data)}, {self.per_epoch} steps an epoch, {self.total} in all",
-                "processes": f"{self.world} on {self.device.type}, {self.args.batch_size // self.world} images each",
-                "parameters": f"{millions(self.model.backbone)} backbone, {millions(self.model)} in all"}
+        """Prints the settings in force."""
+        rows = dict(sorted(vars(self.args).items()))
+        rows["peak lr"] = f"{self.peak_lr:g}"
+        rows["images"] = f"{len(self.data)}, {self.per_epoch} steps an epoch, {self.total} in all"
+        each = self.args.batch_size // self.world
+        rows["processes"] = f"{self.world} on {self.device.type}, {each} images each"
+        rows["parameters"] = f"{millions(self.model.backbone)} backbone, {millions(self.model)} in all"
         for key, value in rows.items():
             print(f"  {key.replace('_', '-'):16} {value}")
-        print(f"{self.folder}:", f"resumed at step {self.step}" if self.step else "a new run", flush=True)
+        start = f"resumed at step {self.step}" if self.step else "a new run"
+        print(f"{self.folder}: {start}", flush=True)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            print("stopping after this step, to save; again to quit now", flush=True)
+
+    def batches(self, sample):
+        """Yields a Batch on the device for each step that is left, and seeds the step's randomness.
+
+        sample: as in common.Views.
+        """
+        args, cuda = self.args, self.device.type == "cuda"
+        order = Batches(len(self.data), args.batch_size, self.step, self.total, args.seed, self.rank,
+                        self.world)
+        loader = torch.utils.data.DataLoader(
+            Views(self.data, sample, args.seed),
+            batch_sampler=order,
+            num_workers=args.workers,
+            pin_memory=cuda,
+            timeout=TIMEOUT.total_seconds() if args.workers else 0,
+            worker_init_fn=ignore_signals,
+            multiprocessing_context="fork" if args.workers else None,  # they share the data
+        )
+        self.reset_clock()
+        try:
+            asked = time.monotonic()
+            for batch in loader:
+                self.waited += time.monotonic() - asked
+                self.broken += torch.tensor([batch.broken.sum(), len(batch.broken)])
+                torch.manual_seed(seed_of(args.seed, self.step, self.rank, 1))
+                views, *rest = batch
+                views = [view.to(self.device, non_blocking=True) for view in views]
+                yield Batch(views, *(t.to(self.device, non_blocking=True) for t in rest))
+                asked = time.monotonic()
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            cure = "more memory, docker's --shm-size, `ulimit -n` or fewer --workers may help"
+            raise UserError(f"a data worker died or hung ({error}): {cure}") from error
 
     def set_lr(self):
+        """Sets this step's learning rate and returns it."""
         warmup = self.args.warmup_epochs * self.per_epoch
         lr = cosine_schedule(self.step, self.total, warmup, self.peak_lr, self.args.final_lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_ratio", 1)
+            group["lr"] = lr
         return lr
 
-    def batches(self, sample):
-        """Yields a Batch on the device for each step left; saves as time goes by, on a signal and at the end."""
-        args, cuda = self.args, self.device.type == "cuda"
-        order = Batches(len(self.data), args.batch_size, self.step, self.total, args.seed, self.rank, self.world)
-        loader = torch.utils.data.DataLoader(  # forked workers share the data, and end soon after a parent that was killed
-            Views(self.data, sample, args.seed), batch_sampler=order, pin_memory=cuda, num_workers=args.workers,
-            worker_init_fn=ignore_signals, multiprocessing_context="fork" if args.workers else None)
-        self.reset_clock()
-        saved, vote = time.monotonic(), None
-        asked = saved
-        for batch in loader:
-            self.waited += time.monotonic() - asked
-            self.note_broken(batch.broken)
-            views, *rest = batch
-            yield Batch([v.to(self.device, non_blocking=True) for v in views],
-                        *(t.to(self.device, non_blocking=True) for t in rest))
-            self.step += 1
-            wish = self.stop or int(time.monotonic() - saved >= 60 * args.save_minutes)  # a signal, or 1: save, or 0
-            if self.world > 1:
-                # All must save and stop at one step, though signals and clocks tell them at different ones: a vote that
-                # is called at each step and read at the next, so that nobody waits.
-                granted = 0
-                if vote:
-                    vote[1].wait()
-                    granted = int(vote[0])
-                ballot = torch.tensor(self.stop if granted else wish)  # what is granted is not asked for again
-                vote, wish = (ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.control, async_op=True)), granted
-            if wish or self.step == self.total:
-                self.save(must=wish > 1 or self.step == self.total)
-                saved = time.monotonic()
-            if wish > 1:
-                if self.rank == 0:
-                    print(f"{signal.Signals(wish).name}: saved at step {self.step}; the same command resumes", flush=True)
-                sys.exit(0)
-            asked = time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-        if self.world > 1:  # on the CPU each process has its own running statistics: all take those that were saved
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
-
-    def note_broken(self, indices):
-        for index in set(indices[indices >= 0].tolist()) - self.broken:
-            self.broken.add(index)
-            why = "but now it can be read"
-            try:
-                self.data.load(index)  # once more, as the reason stayed in the worker
-            except Exception as error:
-                why = str(error) or type(error).__name__
-            print("warning:", printable(f"cannot read {self.data.name(index)} ({why}); another takes its place"),
-                  file=sys.stderr, flush=True)
-
-    def check_broken(self):
-        if self.world > 1:
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, self.broken, group=self.control)
-            self.broken = set().union(*everyone)
-        if len(self.broken) > 0.01 * len(self.data):
-            names = ", ".join(self.data.name(i) for i in sorted(self.broken))
-            self.fail(f"over 1% of the images are unreadable ({len(self.broken)}): mend or remove {names}")
+    def reset_clock(self):
+        self.waited = 0.0
+        self.clock = time.monotonic()
+        self.clock_step = self.step
 
     def fail(self, why):
-        """For what all processes find out together."""
+        """For what all processes find out together: the first one says it."""
         raise UserError(why if self.rank == 0 else "")
 
-    def reset_clock(self):
-        self.waited, self.clock, self.clock_step = 0.0, time.monotonic(), self.step
-
     def log(self, **metrics):
-        """Every --log-every steps and at the last: a line in log.jsonl and one for the eye. Numbers or 0-d tensors.
+        """Every --log-every steps and at the last: a line in log.jsonl and one for the eye.
 
-        They are averaged over processes. Raises UserError, with every term, where the loss is not finite.
+        metrics: numbers or 0-d tensors, averaged over processes. Raises UserError, with every term,
+        where the loss is not finite, and where over 1% of the images cannot be read.
         """
-        self.metrics, step = metrics, self.step + 1
+        self.metrics = metrics
+        step = self.step + 1
         if step % self.args.log_every and step != self.total:
             return
-        self.check_broken()
-        values = [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in metrics.values()]
-        values = torch.stack(values)
+        values = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in metrics.values()]
+        values = torch.stack(values).detach()
         if self.world > 1:
             dist.all_reduce(values)
         line = dict(zip(metrics, (values / self.world).tolist()))
         if not math.isfinite(line["loss"]):
-            self.fail(self.diverged(line))
+            self.diverged(line)
+        broken = self.check_broken()
         if self.rank == 0:
-            seconds = time.monotonic() - self.clock
-            rate = (step - self.clock_step) / seconds
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes
-            memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else memory
-            eta = (self.total - step) / rate
-            line = dict(step=step, epoch=step / self.per_epoch, **line, broken=len(self.broken), eta_s=eta,
-                        images_per_s=rate * self.args.batch_size, data_wait=self.waited / seconds, memory_gb=memory / 1e9)
-            try:
-                self.log_file.write(json.dumps(line) + "\n")
-                self.log_file.flush()
-            except OSError as error:  # the line stays in the buffer, to go out with a later one
-                print(f"warning: cannot write to {self.folder / 'log.jsonl'} ({error})", file=sys.stderr, flush=True)
-            print(f"epoch {line['epoch']:.2f}/{self.args.epochs}", *(f"{k} {line[k]:.4g}" for k in metrics),
-                  f"{line['images_per_s']:.0f} img/s", f"wait {line['data_wait']:.0%}", f"{line['memory_gb']:.1f} GB",
-                  f"eta {eta // 3600:.0f}:{eta % 3600 / 60:02.0f} h", *[f"broken {len(self.broken)}"] * bool(self.broken),
-                  sep="  ", flush=True)
+            self.write_line(step, line, broken)
         self.reset_clock()
 
-    def diverged(self, line):
-        terms = ", ".join(f"{key} {float(value):g}" for key, value in line.items())
-        return (f"NaN or infinity at step {self.step + 1} ({terms}); what is saved in {self.folder} is of an earlier, good "
-                "step: try a lower --base-lr or --no-bf16 under another --name")
+    def write_line(self, step, metrics, broken):
+        seconds = time.monotonic() - self.clock
+        rate = (step - self.clock_step) / seconds
+        eta = (self.total - step) / rate
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        line = dict(step=step, epoch=step / self.per_epoch, **metrics, broken=broken, eta_s=eta,
+                    images_per_s=rate * self.args.batch_size, data_wait=self.waited / seconds,
+                    memory_gb=memory / 1e9)
+        try:
+            self.log_file.write(json.dumps(line) + "\n")
+            self.log_file.flush()
+        except OSError as error:  # the line stays in the buffer, to go out with a later one
+            warn(f"cannot write to {self.folder / 'log.jsonl'} ({error})")
+        shown = [f"epoch {line['epoch']:.2f}/{self.args.epochs}"]
+        shown += [f"{name} {value:.4g}" for name, value in metrics.items()]
+        shown += [f"{line['images_per_s']:.0f} img/s", f"wait {line['data_wait']:.0%}",
+                  f"{line['memory_gb']:.1f} GB", f"eta {datetime.timedelta(seconds=round(eta))}"]
+        if broken:
+            shown.append(f"broken {broken}")
+        print(*shown, sep="  ", flush=True)
+
+    def check_broken(self):
+        """How many images of all processes could not be read since the start."""
+        total = self.broken.clone()
+        if self.world > 1:
+            dist.all_reduce(total, group=self.control)
+        broken, seen = total.int().tolist()
+        if broken > 10 + 0.01 * seen:
+            self.fail(f"{broken} of {seen} images could not be read, over 1%: see the warnings, "
+                      "mend or remove these files")
+        return broken
+
+    def diverged(self, terms):
+        said = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
+        cure = "try a lower --base-lr or --no-bf16, under another --name"
+        self.fail(f"NaN or infinity by step {self.step + 1} ({said}), not saved: {cure}")
+
+    def end_step(self):
+        """Counts the step. Saves where it is time to; on a signal too, and then ends the run."""
+        self.step += 1
+        last = self.step == self.total
+        wish = self.signal or int(time.monotonic() - self.saved >= 60 * self.args.save_minutes)
+        if self.world > 1:
+            if self.step % VOTE_EVERY and not last:
+                return
+            vote = torch.tensor(wish)  # all save and stop at one step, though their clocks differ
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control)
+            wish = int(vote)
+        if wish or last:
+            self.save(must=wish > 1 or last)
+            self.saved = time.monotonic()
+        if wish > 1:
+            if self.rank == 0:
+                name = signal.Signals(wish).name
+                print(f"{name}: saved at step {self.step}; the same command resumes", flush=True)
+            sys.exit(0)
 
     def save(self, must):
-        """last.pt and backbone.pt, if all weights are finite. A failure to write is fatal only if it `must` succeed.
+        """last.pt and backbone.pt, if all is finite. A failure to write is fatal if it `must` work.
 
-        All processes call it, so that they find out together where weights are not finite; the first one writes.
+        All processes call it, to find out together what is not finite; the first one writes.
         """
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            self.fail(self.diverged(self.metrics))
+        tensors = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        if not all(t.isfinite().all() for t in tensors):
+            self.diverged(self.metrics)
+        self.check_broken()
         if self.rank:
             return
-        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
-                     broken=sorted(self.broken), args={**vars(self.args), "images": len(self.data)})
+        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                     step=self.step, args={**vars(self.args), "images": len(self.data)})
+        backbone = self.model.backbone.state_dict()
         try:
-            write(self.folder / "backbone.pt", lambda file: torch.save(self.model.backbone.state_dict(), file))
-            write(self.folder / "last.pt", lambda file: torch.save(state, file), self.folder / "previous.pt")
+            write(self.folder / "backbone.pt", lambda file: torch.save(backbone, file))
+            previous = self.folder / "previous.pt"
+            write(self.folder / "last.pt", lambda file: torch.save(state, file), previous)
         except UserError as error:
             if must:
                 raise
-            print(f"warning: {error}", file=sys.stderr, flush=True)  # the next checkpoint may find room
+            warn(error)  # the next checkpoint may find room
+
+    def finish(self, *protocols):
+        """Evaluates the trained backbone beside an untrained one, by `python -m evaluate`.
+
+        The first process does it, where evaluate/ lies beside this file and the data has labels;
+        else it says how.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.rank:
+            return
+        here = Path(__file__).resolve().parent
+        for protocol in protocols:
+            command = ["-m", "evaluate", protocol, "--checkpoint", str(self.folder), "--baseline"]
+            if (here / "evaluate").is_dir() and self.data.classes:
+                env = {**os.environ, "WORLD_SIZE": "1", "PYTHONPATH": str(here)}
+                subprocess.run([sys.executable, *command], env=env, check=False)
+            else:
+                print("to evaluate it: python", " ".join(command))

@@ -18,9 +18,6 @@ the whole image; the other, I_sc, is a crop of it, flipped or not. So the true p
     Eqs. (2)-(4)   local_contrastive_loss    Section 4.1  BYOL, COLOURS, RECIPES
     Eq. (5)        lc_loss                   Table 6      local_mse_loss
 
-With another method (Appendix B: DINO, alpha 0.5), local_contrastive_loss takes local projections of
-the teacher's map of I_c and of the student's of I_sc.
-
 Differences
  1. No code was released, and the paper does not give the temperature: `--temperature`, 0.1.
  2. BYOL's loss is Eq. (1) in both directions, added, on I_c and I_sc too: no third view is needed.
@@ -32,8 +29,8 @@ Differences
     and 256 dimensions for projections and predictions.
  7. The local branch has a ReLU after its BatchNorm. As in BYOL's code, last layers have no bias.
  8. `--local-loss mse` (Table 6) has a predictor, as BYOL's own loss: without it, it collapses.
- 9. The recipes of cifar10 and shapes are this project's own. As in vicreg.py (its Differences 3, 4)
-    are precision, LARS, initialization, dropped batches, and the linear classifier, here on I_sc.
+ 9. The recipe of shapes is this project's own. As in vicreg.py (its Differences 3, 4) are LARS,
+    precision, initialization, dropped batches, and the linear classifier, which sees I_sc.
 """
 import argparse
 import copy
@@ -51,8 +48,10 @@ from torchvision.transforms import RandomResizedCrop
 # --- 1. Views and positions -----------------------------------------------------------------------
 
 JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
-# Colours of I_c and of I_sc.
-COLOURS = [dict(jitter=JITTER, blur_p=0.1, solarize_p=0.2), dict(jitter=JITTER, blur_p=1.0)]
+COLOURS = [
+    dict(jitter=JITTER, blur_p=0.1, solarize_p=0.2),  # of I_c
+    dict(jitter=JITTER, blur_p=1.0),  # of I_sc
+]
 
 
 def sample_views(image, size):
@@ -61,9 +60,9 @@ def sample_views(image, size):
     Drawn with torch's global generator. box: (top, left, height, width) and the view's side `size`
     in pixels; flip: mirrored left to right.
     """
+    whole = (0, 0, image.height, image.width)
     crop = RandomResizedCrop.get_params(image, (0.08, 1.0), ratio=(3 / 4, 4 / 3))
     flip = torch.rand(()).item() < 0.5
-    whole = (0, 0, image.height, image.width)
     return [(whole, False, size), (crop, flip, size)]
 
 
@@ -94,10 +93,8 @@ def float32(x):
 
 
 def byol_loss(q, g):
-    """2 - 2 cos(q, g), averaged over the batch. Eq. (1).
-
-    q (B, D): predictions; g (B, D): the target's projections, which get no gradient.
-    """
+    """2 - 2 cos(q, g), averaged over the batch: predictions q (B, D) and the target's projections
+    g (B, D), which get no gradient. Eq. (1)."""
     cosine = F.cosine_similarity(float32(q), float32(g).detach(), dim=1)  # (B,)
     return (2 - 2 * cosine).mean()
 
@@ -122,7 +119,8 @@ def local_contrastive_loss(f_c, f_sc, points, valid, temperature=0.1):
 
     f_c (B, D, h, w): the target's features of I_c, which get no gradient; f_sc (B, D, h', w'): the
     online network's of I_sc; points (B, h, w, 2) and valid (B, h, w) from correspondences().
-    A collective of G processes: as mean_over_valid().
+    A collective of G processes: as mean_over_valid(). It knows nothing of BYOL: Appendix B adds it
+    to DINO, with f_c from the teacher, f_sc from the student, and alpha 0.5.
     """
     h_sc = f_sc.shape[2]
     f_c = F.normalize(float32(f_c).detach().flatten(2), dim=1)  # (B, D, N)
@@ -139,10 +137,8 @@ def local_contrastive_loss(f_c, f_sc, points, valid, temperature=0.1):
 
 
 def local_mse_loss(f_c, f_sc, points, valid):
-    """Eq. (1) between the features of p_c and p_sc, in the place of the contrast. Table 6.
-
-    Arguments and result as of local_contrastive_loss(). Without a predictor, f_sc collapses.
-    """
+    """Eq. (1) between the features of p_c and p_sc, in the place of the contrast. Table 6. As
+    local_contrastive_loss(), but f_sc must come from a predictor."""
     f_c = float32(f_c).detach()
     f_sc = float32(f_sc)
     f_sc = F.grid_sample(f_sc, points.to(f_sc.dtype), padding_mode="border", align_corners=False)
@@ -256,14 +252,13 @@ class BYOL(nn.Module):
 
 # --- 4. Training ----------------------------------------------------------------------------------
 
-PAPER = dict(arch="resnet50", size=224, projector="4096-256", epochs=400, batch_size=4096,
-             base_lr=0.3, final_lr=0.0, weight_decay=1e-6, warmup_epochs=10, momentum=0.996,
-             alpha=0.1)  # Section 4.1
 RECIPES = {  # chosen by --data, imagenet's for any other; every flag overrides it
-    "imagenet": PAPER,
-    "cifar10": PAPER | dict(arch="resnet18", size=32, epochs=600, batch_size=1024),
-    "shapes": PAPER | dict(arch="tiny_convnet", size=64, projector="1024-256", epochs=7, alpha=0.5,
-                           batch_size=128, base_lr=8.0, warmup_epochs=1, momentum=0.97),
+    "imagenet": dict(arch="resnet50", size=224, projector="4096-256", epochs=400, batch_size=4096,
+                     base_lr=0.3, final_lr=0.0, weight_decay=1e-6, warmup_epochs=10,
+                     momentum=0.996, alpha=0.1),  # Section 4.1
+    "shapes": dict(arch="tiny_convnet", size=64, projector="1024-256", epochs=7, batch_size=128,
+                   base_lr=8.0, final_lr=0.0, weight_decay=1e-6, warmup_epochs=1,
+                   momentum=0.97, alpha=0.5),
 }
 
 
@@ -275,7 +270,8 @@ def train(args):
     backbone = common.build_backbone(args.arch, args.size)
     grid = args.size // backbone.stride
     if grid < 2 or args.size % backbone.stride:  # a map's cells must cover the view exactly
-        raise common.UserError(f"--size {args.size} is not 2, 3, ... times {backbone.stride}, the stride")
+        need = f"{args.arch} needs two or more times its stride, {backbone.stride}"
+        raise common.UserError(f"--size {args.size}: {need}")
     model = BYOL(backbone, args.projector, len(data.classes), args.alpha, args.local_loss)
     model, ddp = training.distribute(model, device)
     optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)
@@ -301,9 +297,9 @@ def train(args):
         model.update_target(momentum)
 
         if "byol" in parts:
-            parts["spread"] = spread(out.q_sc)  # of the batch; 0 after a collapse
+            parts["spread"] = spread(out.g_c)  # over the batch; 0 after a collapse
         if "local" in parts:
-            parts["local_spread"] = spread(out.f_sc.flatten(2).mT)  # of an image's locations
+            parts["local_spread"] = spread(out.f_c.flatten(2).mT)  # over an image's locations
         parts["valid"] = valid.float().mean()
         run.log(loss=loss, **parts, **accuracy, lr=lr, momentum=momentum)
         run.end_step()  # saves as time goes by; stops on a signal
@@ -325,7 +321,8 @@ def main():
     except ModuleNotFoundError:
         parser.parse_args()  # so that --help works where this file lies alone
         parser.error("training needs common.py and training.py beside this file")
-    launch(train, parser, RECIPES, alpha=(0, 1), temperature=(0.001, math.inf), momentum=(0, 1))
+    limits = dict(alpha=(0, 1), temperature=(0.001, math.inf), momentum=(0, 1))
+    launch(train, parser, RECIPES, **limits)
 
 
 if __name__ == "__main__":

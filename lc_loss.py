@@ -25,12 +25,13 @@ Differences
  3. Of BYOL's two colour augmentations, I_c has the one with solarization, I_sc the other.
  4. A point in the outer half of a border cell takes the value of that border's cells.
  5. Eq. (4) is averaged over an image's points, then over the images that have any.
- 6. Projector and predictor have 4096 hidden and 256 output units, as in BYOL. The paper gives 4096
-    and 256 dimensions for projections and predictions.
+ 6. The paper's projections of 4096 dimensions are read as BYOL's: 4096 hidden units, 256 outputs.
  7. The local branch has a ReLU after its BatchNorm. As in BYOL's code, last layers have no bias.
  8. `--local-loss mse` (Table 6) has a predictor, as BYOL's own loss: without it, it collapses.
  9. The recipe of shapes is this project's own. As in vicreg.py (its Differences 3, 4) are LARS,
     precision, initialization, dropped batches, and the linear classifier, which sees I_sc.
+10. Names: the paper's I_t and p_t are I_sc and p_sc here. Its pooled f is the representation y; our
+    f_c and f_sc are the local projections of its maps F.
 """
 import argparse
 import copy
@@ -88,7 +89,7 @@ def correspondences(boxes, flips, sizes, grid):
 # --- 2. Loss --------------------------------------------------------------------------------------
 
 def float32(x):
-    """x in float32 (float64 stays): half precision changes the gradients by several percent."""
+    """x in float32 (float64 stays): half precision would change gradients by several percent."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -119,8 +120,7 @@ def local_contrastive_loss(f_c, f_sc, points, valid, temperature=0.1):
 
     f_c (B, D, h, w): the target's features of I_c, which get no gradient; f_sc (B, D, h', w'): the
     online network's of I_sc; points (B, h, w, 2) and valid (B, h, w) from correspondences().
-    A collective of G processes: as mean_over_valid(). It knows nothing of BYOL: Appendix B adds it
-    to DINO, with f_c from the teacher, f_sc from the student, and alpha 0.5.
+    A collective, as mean_over_valid(). For DINO (Appendix B), teacher and student give f_c and f_sc.
     """
     h_sc = f_sc.shape[2]
     f_c = F.normalize(float32(f_c).detach().flatten(2), dim=1)  # (B, D, N)
@@ -150,9 +150,9 @@ def lc_loss(q_c, q_sc, g_c, g_sc, f_c, f_sc, points, valid, alpha=0.1, temperatu
             local_loss="contrastive"):
     """Eq. (5): the loss, and its terms "byol" and "local", unweighted.
 
-    q, g (B, D): predictions and the target's projections of I_c and I_sc; f_c, f_sc, points, valid
-    as in local_contrastive_loss(), and it is a collective like that. A term of weight 0 is not
-    computed, and its tensors may be None. Raises ValueError for another local_loss.
+    q (B, D): the online network's predictions, g (B, D): the target's projections, of I_c and I_sc;
+    the others as in local_contrastive_loss(). A term of weight 0 is not computed, its tensors may
+    be None. A collective, as mean_over_valid(). Raises ValueError for another local_loss.
     """
     if local_loss not in ("contrastive", "mse"):
         raise ValueError("local_loss must be 'contrastive' or 'mse'")
@@ -189,7 +189,7 @@ def mlp(*widths):
 
 
 def project_maps(maps, *layers):
-    """Square maps (B, N, D), through layers for (rows, D), -> (B, D', h, w). Raises ValueError."""
+    """Each location of square maps (B, N, D) through `layers` -> (B, D', h, w), where N = h w."""
     b, n, _ = maps.shape
     side = math.isqrt(n)
     if side**2 != n:
@@ -200,7 +200,7 @@ def project_maps(maps, *layers):
     return rearrange(rows, "(b h w) d -> b d h w", b=b, h=side)
 
 
-# For lc_loss(): predictions q and projections g (B, 256), local features f (B, 256, h, w), or None.
+# What lc_loss() takes, q, g (B, 256) and f (B, 256, h, w); None for a term of weight 0.
 Outputs = namedtuple("Outputs", "q_c q_sc g_c g_sc f_c f_sc", defaults=6 * [None])
 
 
@@ -208,7 +208,8 @@ class BYOL(nn.Module):
     """Online network, predictors, target network and linear classifier. Sections 3 and 4.1.
 
     backbone: images (B, 3, H0, W0) -> maps (B, N, D), representations (B, D), with D = .dim;
-    widths: of projector and predictor; alpha, local_loss: of lc_loss(), only whose terms are built.
+    widths: of projector and predictor; alpha, local_loss: as in lc_loss(). What a term of weight 0
+    needs is not built: DDP refuses unused parameters.
     """
 
     def __init__(self, backbone, widths=(4096, 256), num_classes=0, alpha=0.1,
@@ -217,7 +218,7 @@ class BYOL(nn.Module):
         self.backbone = backbone
         self.projector = mlp(backbone.dim, *widths) if alpha < 1 else None
         self.local = mlp(backbone.dim, backbone.dim, 256) if alpha > 0 else None
-        self.target = copy.deepcopy(self).requires_grad_(False)  # the same, without predictors
+        self.target = copy.deepcopy(self).requires_grad_(False)  # all of the above; no predictor
         self.predictor = mlp(widths[-1], *widths) if alpha < 1 else None
         self.local_predictor = nn.Identity()
         if alpha > 0 and local_loss == "mse":
@@ -244,7 +245,7 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, momentum):
-        """Target parameters xi <- momentum * xi + (1 - momentum) * theta, the online ones."""
+        """xi <- momentum * xi + (1 - momentum) * theta, the target's and the online parameters."""
         xi = dict(self.target.named_parameters())
         theta = [self.get_parameter(name) for name in xi]
         torch._foreach_lerp_(list(xi.values()), theta, 1 - momentum)
@@ -269,7 +270,7 @@ def train(args):
     data = common.open_data(args.data, "train", args.size)
     backbone = common.build_backbone(args.arch, args.size)
     grid = args.size // backbone.stride
-    if grid < 2 or args.size % backbone.stride:  # a map's cells must cover the view exactly
+    if grid < 2 or args.size % backbone.stride:  # cells to contrast, which cover the view exactly
         need = f"{args.arch} needs two or more times its stride, {backbone.stride}"
         raise common.UserError(f"--size {args.size}: {need}")
     model = BYOL(backbone, args.projector, len(data.classes), args.alpha, args.local_loss)
@@ -290,7 +291,7 @@ def train(args):
         probe_loss, accuracy = training.probe(logits, batch.labels)
 
         lr = run.set_lr()
-        momentum = training.cosine_schedule(run.step, run.total, 0, args.momentum, 1.0)
+        momentum = training.cosine_schedule(run.step, run.total, 0, args.momentum, 1.0)  # as BYOL
         optimizer.zero_grad()
         (loss + probe_loss).backward()
         optimizer.step()
@@ -300,7 +301,7 @@ def train(args):
             parts["spread"] = spread(out.g_c)  # over the batch; 0 after a collapse
         if "local" in parts:
             parts["local_spread"] = spread(out.f_c.flatten(2).mT)  # over an image's locations
-        parts["valid"] = valid.float().mean()
+            parts["valid"] = valid.float().mean()
         run.log(loss=loss, **parts, **accuracy, lr=lr, momentum=momentum)
         run.end_step()  # saves as time goes by; stops on a signal
 

@@ -500,12 +500,12 @@ def test_the_run_takes_the_cropped_views_box(images, run_here, monkeypatch):
 
 @pytest.mark.parametrize("flags,terms", [
     (("--alpha", 0), {"byol", "spread"}),
-    (("--alpha", 1), {"local", "local_spread"}),
-    (("--local-loss", "mse"), {"byol", "spread", "local", "local_spread"}),
+    (("--alpha", 1), {"local", "local_spread", "valid"}),
+    (("--local-loss", "mse"), {"byol", "spread", "local", "local_spread", "valid"}),
 ])
 def test_ablations(run_here, flags, terms):
     for line in run_here(*flags):
-        assert line.keys() & {"byol", "spread", "local", "local_spread"} == terms
+        assert line.keys() & {"byol", "spread", "local", "local_spread", "valid"} == terms
 
 
 def test_killed_and_resumed_is_bit_identical(tmp_path):

@@ -120,7 +120,7 @@ def local_contrastive_loss(f_c, f_sc, points, valid, temperature=0.1):
 
     f_c (B, D, h, w): the target's features of I_c, which get no gradient; f_sc (B, D, h', w'): the
     online network's of I_sc; points (B, h, w, 2) and valid (B, h, w) from correspondences().
-    A collective, as mean_over_valid(). For DINO (Appendix B), teacher and student give f_c and f_sc.
+    A collective, as mean_over_valid(). In DINO (Appendix B), teacher and student give f_c and f_sc.
     """
     h_sc = f_sc.shape[2]
     f_c = F.normalize(float32(f_c).detach().flatten(2), dim=1)  # (B, D, N)

@@ -210,8 +210,9 @@ def total_coding_rate(z, eps=0.2):
     rows = gather(float32(z))  # (n, D)
     n, d = rows.shape
     with torch.autocast(z.device.type, enabled=False):
-        # Both have the same eigenvalues, but for zeros, which add log 1: the smaller one serves.
-        product = rows.T @ rows if n >= d else rows @ rows.T  # (D, D) or (n, n)
+        # z^T z and z z^T have the same eigenvalues but for zeros, which add log 1.
+        side = rows.T if n >= d else rows
+        product = twice_the_gradient(side @ side.detach().T)  # the smaller: (D, D) or (n, n)
         identity = torch.eye(len(product), dtype=rows.dtype, device=rows.device)
         root = torch.linalg.cholesky_ex(identity + d / (n * eps) * product).L
     return root.diagonal().log().sum()  # half of the logarithm of det = det(root)^2
@@ -249,14 +250,17 @@ def spectral_loss(z_a, z_b, lam=1.0):
 
 
 def similarity(z):
-    """Mean cosine over all pairs of an image's patches z (P, n/G, D) of length one."""
-    return 1 - z.var(0).sum(1).mean()  # cos(a, b) = 1 - |a - b|^2 / 2; see vicreg_of_bag()
+    """The mean cosine over all pairs of an image's patches z (P, n/G, D) of length one."""
+    p = len(z)
+    square = z.sum(0).square().sum(1)  # (n/G,): of P vectors' sum, so P and each pair twice
+    return (square.mean() - p) / (p * (p - 1))
 
 
 def vicreg_of_bag(z, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """The mean of vicreg_loss() over all pairs of patches z (P, n/G, D), in a time linear in P."""
     patches = [moments(z_p) for z_p in z]
-    inv = 2 * z.var(0).mean()  # the mean of (a - b)^2 over pairs is twice the variance
+    variances = (z - z.mean(0)).square().sum(0) / (len(z) - 1)  # (n/G, D), of P patches
+    inv = 2 * variances.mean()  # twice a variance is the mean of (z_a - z_b)^2 over pairs
     var = 2 * torch.stack([hinge(var_p) for _, var_p, _ in patches]).mean()
     cov = 2 * torch.stack([off_diagonal(*patch) for patch in patches]).mean()
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
@@ -275,8 +279,8 @@ def tcr_of_bag(z, lam=None, eps=0.2):
 def bag_loss(embeddings, objective="vicreg", *coefficients):
     """The mean of an objective over all pairs of an image's patches -> the loss, and its terms.
 
-    embeddings: P > 1 tensors (n/G, D); coefficients: of vicreg_of_bag, tcr_of_bag, nt_xent ("simclr")
-    or spectral_loss. The terms are unweighted. A collective of G processes: DDP's mean gradient is
+    embeddings: P > 1 tensors (n/G, D); coefficients: those of vicreg_of_bag, tcr_of_bag, nt_xent or
+    spectral_loss. The terms are unweighted. A collective of G processes: DDP's mean gradient is
     that of one process with all n rows. Once differentiable; raises as moments() does.
     """
     z = float32(torch.stack(list(embeddings)))  # (P, n/G, D)

@@ -4,9 +4,9 @@
 Yubei Chen, Adrien Bardes, Zengyi Li, Yann LeCun. TMLR 2023, arXiv:2206.08954
 
 Joint-embedding methods learn which patches occur together in an image. So each view is a patch of
-one fixed scale, and two patches of an image should have similar embeddings. Four objectives keep
-all embeddings from being the same: VICReg, total coding rate (TCR), SimCLR and the spectral loss.
-An image is then a bag: the mean of its patches' embeddings, taken before the projector.
+one fixed scale, and two patches of an image should have similar projections z. Four objectives keep
+all z from being the same: VICReg, total coding rate (TCR), SimCLR and the spectral loss. The image
+is then a bag: the mean of its patches' embeddings, before the projector (names as in Appendix D).
 
     python bagssl.py                                         # a demonstration, on a CPU
     python bagssl.py --data cifar10 --loss tcr               # one GPU; or vicreg, simclr, spectral
@@ -26,17 +26,17 @@ Differences
  2. EMP-SSL's similarity is that of a patch to the mean of the image's patches; ours is between
     patches. With `--patches` above 2, the loss is the mean over all pairs, as Eq. (6) is about
     pairs, and BYOL's two colour augmentations take turns. All patches are one batch for BatchNorm.
- 3. A patch is a square, as in Appendix D (71 x 71 of 224 x 224 is scale 0.1), resized to --size.
-    Its scale is a share of the whole image's area, in training and in the bag. A range of scales,
-    `--patch-scale 0.08-1`, draws crops as BYOL does.
- 4. Eq. (6) is estimated without bias: its second mean leaves out the pairs of the first. Embeddings
+ 3. A patch is a square, as in Appendix D (71 x 71 of 224 x 224 is scale 0.1), its scale a share of
+    the whole image's area. A range, `--patch-scale 0.08-1`, draws crops as BYOL does.
+ 4. Eq. (6) is estimated without bias: its second mean leaves out the pairs of the first. All z
     have length one, as in Appendix B: without that, 8192 dimensions start at a loss of 1e5.
  5. The first equality of Eq. (7) holds up to the constant N - d; 1/d I_N below it must be N/d I_d.
  6. TCR's lambda is 0.234 D by default: C.1 has 30 for 128 dimensions, C.2 has 1920 for 8192. For
     CIFAR-100's 512 dimensions C.1 has 30 too; its recipe follows that.
  7. C.4's 5 x 5 maps give 2 x 2 windows. Here 4 x 4 maps do so too, with smaller ones at the border.
- 8. Learning rates are read as base rates. The recipe of shapes is our own. Differences 3 and 4 of
-    vicreg.py hold here too; the linear classifier sees detached bags of --patches patches.
+ 8. Learning rates are read as base rates. The recipe of shapes is our own. As in vicreg.py: no bias
+    in the projector's last layer, residual branches start at zero, incomplete batches are dropped,
+    float32 losses, LARS as there. A linear classifier on detached bags reports accuracy.
 """
 import argparse
 import functools
@@ -62,9 +62,7 @@ def sample_patches(image, area, patches, size):
     box: (top, left, height, width) in pixels, its share of the image in the range `area`, a square
     where that is one number; flip: mirrored left to right; size: the view's side in pixels.
     """
-    ratio = (3 / 4, 4 / 3)
-    if area[0] == area[1]:
-        ratio = (1, 1)
+    ratio = (1, 1) if area[0] == area[1] else (3 / 4, 4 / 3)
     boxes = [RandomResizedCrop.get_params(image, area, ratio) for _ in range(patches)]
     return [(box, torch.rand(()).item() < 0.5, size) for box in boxes]
 
@@ -146,7 +144,7 @@ def hinge(var, gamma=1.0, eps=1e-4):
 def off_diagonal(z, var, n):
     """Sum of squared off-diagonal covariances, / D, from moments(z). VICReg Eqs. (3), (4).
 
-    With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F: the smaller one serves.
+    With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F (Eq. 7): the smaller serves.
     """
     d = z.shape[1]
     with torch.autocast(z.device.type, enabled=False):
@@ -161,7 +159,7 @@ def off_diagonal(z, var, n):
 
 
 def invariance(z_a, z_b):
-    """Mean squared error of two patches' embeddings (n/G, D). VICReg Eq. (5), as in Algorithm 1."""
+    """Mean squared error of patches' projections (n/G, D). VICReg Eq. (5), as in Algorithm 1."""
     if z_a.shape != z_b.shape:
         raise ValueError(f"embeddings of different shapes: {list(z_a.shape)}, {list(z_b.shape)}")
     return F.mse_loss(float32(z_a), float32(z_b))
@@ -170,7 +168,7 @@ def invariance(z_a, z_b):
 def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """VICReg Eq. (6) as Algorithm 1 writes it; lambda, mu, nu are inv_, var_ and cov_coeff.
 
-    Embeddings z_a, z_b (n/G, D), n > 1 -> the loss, and its terms, unweighted. A collective: var
+    Projections z_a, z_b (n/G, D), n > 1 -> the loss, and its terms, unweighted. A collective: var
     and cov are those of all n rows. Once differentiable; raises as moments() does.
     """
     inv = invariance(z_a, z_b)
@@ -183,23 +181,19 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
 
 
 class Gather(torch.autograd.Function):
-    """all_rows() with gradient, also where each process then computes a loss of its own."""
+    """all_rows() with gradient, also where each process goes on to a loss of its own."""
 
     @staticmethod
     def forward(ctx, z):
+        moments(z[:, :1])  # counts the rows of each process; one column is enough
         return all_rows(z)
 
     @staticmethod
     def backward(ctx, grad):
-        total = grad.clone(memory_format=torch.contiguous_format)  # (n, D)
-        dist.all_reduce(total)  # what the losses of all processes ask of each row
+        if not dist.is_initialized():
+            return grad
+        total = all_sum(grad.contiguous())  # (n, D): what the losses of all ask of each row
         return total.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather(z):
-    """Gather of z (n/G, D) -> (n, D). Raises RuntimeError as moments() does."""
-    moments(z.detach()[:, :1])  # counts the rows of each process; one column is enough
-    return Gather.apply(z) if dist.is_initialized() else z
 
 
 def total_coding_rate(z, eps=0.2):
@@ -207,26 +201,26 @@ def total_coding_rate(z, eps=0.2):
 
     In nats, the same on all processes. A collective, once differentiable; raises as moments() does.
     """
-    rows = gather(float32(z))  # (n, D)
+    rows = Gather.apply(float32(z))  # (n, D)
     n, d = rows.shape
     with torch.autocast(z.device.type, enabled=False):
         # z^T z and z z^T have the same eigenvalues but for zeros, which add log 1.
-        side = rows.T if n >= d else rows
-        product = twice_the_gradient(side @ side.detach().T)  # the smaller: (D, D) or (n, n)
+        x = rows.T if n >= d else rows  # of both products, x x^T is the smaller one
+        product = twice_the_gradient(x @ x.detach().T)  # (D, n) (n, D) or (n, D) (D, n)
         identity = torch.eye(len(product), dtype=rows.dtype, device=rows.device)
         root = torch.linalg.cholesky_ex(identity + d / (n * eps) * product).L
     return root.diagonal().log().sum()  # half of the logarithm of det = det(root)^2
 
 
 def nt_xent(z_a, z_b, temperature=0.1):
-    """SimCLR's loss: each of 2n embeddings finds its partner among the 2n - 1 others, by cosine.
+    """SimCLR's loss: each of 2n projections finds its partner among the 2n - 1 others, by cosine.
 
     z_a, z_b (n/G, D) -> the mean over this process's 2n/G. A collective, as total_coding_rate() is.
     """
     z = torch.stack([z_a, z_b]).flatten(0, 1)  # (2n/G, D)
     z = F.normalize(float32(z), dim=1)
-    first = len(z) * dist.get_rank() if dist.is_initialized() else 0
-    rows = gather(z)  # (2n, D)
+    rows = Gather.apply(z)  # (2n, D)
+    first = len(z) * dist.get_rank() if dist.is_initialized() else 0  # where z begins in them
     with torch.autocast(z.device.type, enabled=False):
         logits = z @ rows.T / temperature  # (2n/G, D) (D, 2n) -> (2n/G, 2n)
     logits.diagonal(first).fill_(-torch.inf)  # not its own partner
@@ -235,13 +229,13 @@ def nt_xent(z_a, z_b, temperature=0.1):
 
 
 def spectral_loss(z_a, z_b, lam=1.0):
-    """-E[z_1^T z_2], patches of one image, + lam E[(z_1^T z_2)^2], independent patches. Eq. (6).
+    """-E[z_1^T z_2] of one image's patches + lam E[(z_1^T z_2)^2] of independent ones. Eq. (6).
 
-    z_a, z_b (n/G, D) -> the mean over this process's z_a. lam is w / 2. A collective, as above.
+    z_a, z_b (n/G, D) -> the mean over this process's z_a. A collective, as total_coding_rate() is.
     """
     z_a = float32(z_a)
     z_b = float32(z_b)
-    rows = gather(z_b)  # (n, D)
+    rows = Gather.apply(z_b)  # (n, D)
     with torch.autocast(z_a.device.type, enabled=False):
         products = z_a @ rows.T  # (n/G, D) (D, n) -> (n/G, n)
     together = (z_a * z_b).sum(1)  # (n/G,): of one image
@@ -252,16 +246,17 @@ def spectral_loss(z_a, z_b, lam=1.0):
 def similarity(z):
     """The mean cosine over all pairs of an image's patches z (P, n/G, D) of length one."""
     p = len(z)
-    square = z.sum(0).square().sum(1)  # (n/G,): of P vectors' sum, so P and each pair twice
-    return (square.mean() - p) / (p * (p - 1))
+    squares = z.sum(0).square().sum(1)  # (n/G,): |z_1 + ... + z_P|^2 has P ones, each pair twice
+    return (squares.mean() - p) / (p * (p - 1))
 
 
 def vicreg_of_bag(z, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """The mean of vicreg_loss() over all pairs of patches z (P, n/G, D), in a time linear in P."""
     patches = [moments(z_p) for z_p in z]
-    variances = (z - z.mean(0)).square().sum(0) / (len(z) - 1)  # (n/G, D), of P patches
-    inv = 2 * variances.mean()  # twice a variance is the mean of (z_a - z_b)^2 over pairs
-    var = 2 * torch.stack([hinge(var_p) for _, var_p, _ in patches]).mean()
+    spread = (z - z.mean(0)).square().sum(0)  # (n/G, D)
+    inv = 2 * spread.mean() / (len(z) - 1)  # (z_a - z_b)^2 over pairs is twice a variance
+    hinges = [hinge(var_p) for _, var_p, _ in patches]
+    var = 2 * torch.stack(hinges).mean()
     cov = 2 * torch.stack([off_diagonal(*patch) for patch in patches]).mean()
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
     return loss, {"inv": inv, "var": var, "cov": cov}
@@ -276,14 +271,14 @@ def tcr_of_bag(z, lam=None, eps=0.2):
     return -(lam * sim + tcr), {"sim": sim, "tcr": tcr}
 
 
-def bag_loss(embeddings, objective="vicreg", *coefficients):
+def bag_loss(projections, objective="vicreg", *coefficients):
     """The mean of an objective over all pairs of an image's patches -> the loss, and its terms.
 
-    embeddings: P > 1 tensors (n/G, D); coefficients: those of vicreg_of_bag, tcr_of_bag, nt_xent or
+    projections: P > 1 tensors (n/G, D); coefficients: those of vicreg_of_bag, tcr_of_bag, nt_xent or
     spectral_loss. The terms are unweighted. A collective of G processes: DDP's mean gradient is
     that of one process with all n rows. Once differentiable; raises as moments() does.
     """
-    z = float32(torch.stack(list(embeddings)))  # (P, n/G, D)
+    z = float32(torch.stack(list(projections)))  # (P, n/G, D)
     if objective == "vicreg":
         return vicreg_of_bag(z, *coefficients)
     z = F.normalize(z, dim=2)
@@ -399,8 +394,8 @@ def train(args):
         patches = [colour(x) for colour, x in zip(augment, batch.views)]
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            embeddings, logits = ddp(patches)
-        loss, parts = bag_loss(embeddings, args.loss, *coefficients)
+            projections, logits = ddp(patches)
+        loss, parts = bag_loss(projections, args.loss, *coefficients)
         probe_loss, accuracy = training.probe(logits, batch.labels)
 
         lr = run.set_lr()
@@ -408,8 +403,8 @@ def train(args):
         (loss + probe_loss).backward()
         optimizer.step()
 
-        z = F.normalize(embeddings[0].detach().float(), dim=1)
-        std = z.std(0).mean()  # D^-1/2 at most, 0 where all embeddings are the same
+        z = F.normalize(projections[0].detach().float(), dim=1)
+        std = z.std(0).mean()  # at most D^-1/2
         run.log(loss=loss, **parts, std=std, **accuracy, lr=lr)
         run.end_step()  # saves as time goes by; stops on a signal
 
@@ -423,7 +418,8 @@ def main():
     flag("--projector", type=widths, metavar="WIDTHS", help="of its layers, like 8192-8192-8192")
     flag("--loss", default="vicreg", choices=["vicreg", "tcr", "simclr", "spectral"])
     flag("--patches", type=int, default=2, help="of each image")
-    flag("--patch-scale", type=parse_scale, default="0.2", help="share of the area, or 0.08-1")
+    flag("--patch-scale", type=parse_scale, default="0.2",
+         help="share of the image's area, like 0.2, or a range, like 0.08-1")
     flag("--inv-coeff", type=float, default=25.0, help="vicreg: lambda, of the invariance term")
     flag("--var-coeff", type=float, default=25.0, help="vicreg: mu, of the variance term")
     flag("--cov-coeff", type=float, default=1.0, help="vicreg: nu, of the covariance term")

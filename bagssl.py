@@ -274,7 +274,7 @@ def tcr_of_bag(z, lam=None, eps=0.2):
 def bag_loss(projections, objective="vicreg", *coefficients):
     """The mean of an objective over all pairs of an image's patches -> the loss, and its terms.
 
-    projections: P > 1 tensors (n/G, D); coefficients: those of vicreg_of_bag, tcr_of_bag, nt_xent or
+    projections: P > 1 tensors (n/G, D); coefficients: of vicreg_of_bag, tcr_of_bag, nt_xent or
     spectral_loss. The terms are unweighted. A collective of G processes: DDP's mean gradient is
     that of one process with all n rows. Once differentiable; raises as moments() does.
     """

@@ -144,7 +144,8 @@ def hinge(var, gamma=1.0, eps=1e-4):
 def off_diagonal(z, var, n):
     """Sum of squared off-diagonal covariances, / D, from moments(z). VICReg Eqs. (3), (4).
 
-    With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F (Eq. 7): the smaller serves.
+    With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F: the smaller one serves.
+    This duality is BagSSL's Eq. (7).
     """
     d = z.shape[1]
     with torch.autocast(z.device.type, enabled=False):
@@ -181,7 +182,8 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
 
 
 class Gather(torch.autograd.Function):
-    """all_rows() with gradient, also where each process goes on to a loss of its own."""
+    """all_rows() with gradient, for losses that differ between the processes: what each of them
+    asks of a row is added up."""
 
     @staticmethod
     def forward(ctx, z):
@@ -192,7 +194,7 @@ class Gather(torch.autograd.Function):
     def backward(ctx, grad):
         if not dist.is_initialized():
             return grad
-        total = all_sum(grad.contiguous())  # (n, D): what the losses of all ask of each row
+        total = all_sum(grad.contiguous())  # (n, D)
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -205,7 +207,7 @@ def total_coding_rate(z, eps=0.2):
     n, d = rows.shape
     with torch.autocast(z.device.type, enabled=False):
         # z^T z and z z^T have the same eigenvalues but for zeros, which add log 1.
-        x = rows.T if n >= d else rows  # of both products, x x^T is the smaller one
+        x = rows.T if n >= d else rows  # x x^T is the smaller one; its factors have equal gradients
         product = twice_the_gradient(x @ x.detach().T)  # (D, n) (n, D) or (n, D) (D, n)
         identity = torch.eye(len(product), dtype=rows.dtype, device=rows.device)
         root = torch.linalg.cholesky_ex(identity + d / (n * eps) * product).L
@@ -309,14 +311,11 @@ def bag_embedding(patch_embeddings):
     return patch_embeddings.mean(1)
 
 
-def image_embedding(embed, patches):
-    """The bag of each image's P patches (B, 3, size, size) -> (B, D); embed(x) gives (P B, D)."""
-    y = embed(torch.cat(patches))
-    return bag_embedding(rearrange(y, "(p b) d -> b p d", p=len(patches)))
-
-
 def local_aggregation(maps):
-    """Average pooling of maps (B, N, D), flattened; ValueError if not square. Appendix C.4."""
+    """Average pooling of maps (B, N, D) with window 3 and stride 2, flattened. Appendix C.4.
+
+    Raises ValueError unless the maps are square.
+    """
     side = math.isqrt(maps.shape[1])
     if side**2 != maps.shape[1]:
         raise ValueError(f"maps of {maps.shape[1]} locations are not square")

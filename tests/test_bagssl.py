@@ -415,16 +415,6 @@ def test_bag_embedding():
     torch.testing.assert_close(bag[1, 2], sum(y[1, p, 2] for p in range(5)) / 5)
 
 
-def test_image_embedding_is_the_mean_over_its_patches():
-    patches = [torch.randn(2, 3, 10, 10) for _ in range(4)]
-
-    def embed(x):
-        return x.amax((2, 3))
-    expected = sum(embed(x) for x in patches) / 4
-    torch.testing.assert_close(bagssl.image_embedding(embed, patches), expected)
-    assert torch.equal(bagssl.image_embedding(embed, patches[:1]), embed(patches[0]))
-
-
 def test_local_aggregation():
     maps = torch.randn(2, 25, 512)  # Appendix C.4: 512 x 5 x 5 -> 2048
     found = bagssl.local_aggregation(maps)

@@ -157,7 +157,7 @@ LIMITS = dict(
 def parse_args(parser, recipes, limits):
     """Adds the flags of every method. A recipe gives the defaults, any flag overrides it.
 
-    recipes: by the family of --arch (resnet, convnext, vit) if it has one, else by --data, else
+    recipes: by --arch or its family (resnet, convnext, vit) if they have one, else by --data, else
     imagenet's; limits: {flag: (lowest, highest)}. Raises UserError for what is out of them.
     """
     flag = parser.add_argument
@@ -182,7 +182,8 @@ def parse_args(parser, recipes, limits):
     known, _ = parser.parse_known_args()
     data = Path(known.data).name
     family = (known.arch or "").split("_")[0]
-    recipe = recipes.get(family, recipes.get(data, recipes["imagenet"]))
+    recipe = recipes.get(data, recipes["imagenet"])
+    recipe = recipes.get(known.arch, recipes.get(family, recipe))
     parser.set_defaults(**recipe, name=f"{Path(sys.argv[0]).stem}-{data}")
 
     args = parser.parse_args()

@@ -82,16 +82,19 @@ def float32(x):
 
 
 def positions(boxes, flips, grid):
-    """Centre of each location of a view's feature map, as (y, x) in pixels of the original image.
+    """Where the centres of a map's locations lie in the original image.
 
-    boxes (B, 4): top, left, height, width; flips (B,): mirrored -> (B, grid, grid, 2)
+    boxes (B, 4): top, left, height, width in pixels; flips (B,): mirrored left to right; the map
+    has grid x grid locations -> (B, grid, grid, 2): y and x in pixels.
     """
-    top, left, height, width = float32(boxes)[..., None].unbind(1)  # (B, 1) each
-    centers = (torch.arange(grid, device=boxes.device) + 0.5) / grid  # (grid,)
-    y = top + height * centers  # (B, grid)
-    x = left + width * torch.where(flips[:, None], centers.flip(0), centers)  # (B, grid)
-    y = y[:, :, None].expand(-1, -1, grid)
-    x = x[:, None, :].expand(-1, grid, -1)
+    top, left, height, width = float32(boxes).split(1, 1)  # (B, 1) each
+    centres = (torch.arange(grid, device=top.device, dtype=top.dtype) + 0.5) / grid
+    y = top + height * centres  # (B, grid)
+    x = left + width * centres  # (B, grid)
+    x = torch.where(flips[:, None], x.flip(1), x)  # a mirrored view's first column is on the right
+
+    y = y[:, :, None].expand(-1, -1, grid)  # (B, grid, grid)
+    x = x[:, None, :].expand(-1, grid, -1)  # (B, grid, grid)
     return torch.stack([y, x], 3)
 
 
@@ -296,14 +299,14 @@ def mean_cross_entropy(teacher_logits, log_q, center, teacher_temp, rows=None):
     if rows is not None:
         log_q = log_q[rows]  # (T, L)
         in_first = in_first[rows]
-    count = torch.stack([in_first.sum(), (~in_first).sum()])  # Z_1, Z_2
-    if dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-
     logits = float32(teacher_logits.detach()) - center
     p = F.softmax(logits / teacher_temp, dim=1)  # (T, L)
     entropy = -(p * log_q).sum(1)  # (T,)
+
+    count = torch.stack([in_first.sum(), (~in_first).sum()]).to(p.dtype)  # Z_1, Z_2
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
     return (entropy / torch.where(in_first, count[0], count[1])).sum()
 
 
@@ -499,9 +502,9 @@ def check_sizes(args, stride, images):
         raise UserError(f"--size {args.size}: {args.arch} needs a multiple of {stride}, its "
                         f"stride, and {2 * stride} or more")
     locations = 2 * (args.size // stride) ** 2
-    if args.num_objects > locations:
+    if not 0 < args.num_objects <= locations:
         raise UserError(f"--num-objects {args.num_objects}: two views have {locations} locations")
-    if args.bank_images >= images:
+    if not 0 < args.bank_images < images:
         raise UserError(f"--bank-images {args.bank_images}: give less than {images}, all images")
 
 
@@ -606,10 +609,7 @@ def main():
     except ModuleNotFoundError:
         parser.parse_args()  # so that --help works where this file lies alone
         parser.error("training needs common.py and training.py beside this file")
-    inf = float("inf")
-    launch(train, parser, RECIPES, num_objects=(1, inf), bank_images=(1, inf), momentum=(0, 1),
-           teacher_temp=(0.001, 1), temp_warmup_epochs=(0, inf), drop_path=(0, 0.9),
-           clip_grad=(0, inf))
+    launch(train, parser, RECIPES, teacher_temp=(0.001, 1), momentum=(0, 1), drop_path=(0, 0.9))
 
 
 if __name__ == "__main__":

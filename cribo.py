@@ -4,10 +4,9 @@
 T. Lebailly, T. Stegmuller, B. Bozorgtabar, J.-P. Thiran, T. Tuytelaars. ICLR 2024. arXiv:2310.07855
 
 A student learns to predict what a teacher, its own moving average, says of the other view of an
-image, as in DINO: of the image, and of each object in it. Objects are clusters of the features of
-both views together. From each object the student also predicts its nearest neighbour among those of
-earlier images, where this match is trusted: where the way to the neighbour, to its other view and
-back to the batch ends at the same object.
+image, as in DINO: of the image and of its objects, clusters of the features of both views. It also
+predicts each object's nearest neighbour among those of earlier images, if the match is trusted: if
+the way to the neighbour, to its other view and back to the batch ends at the same object.
 
     python cribo.py                                                  # a demonstration, on a CPU
     python cribo.py --data imagenet --batch-size 128                 # one GPU
@@ -28,23 +27,21 @@ Differences
     inside the head: here it is done outside, as in Eq. (5).
  2. The paper takes the clustering from CrOC without details: here it is the released code's, on the
     teacher's features. The costs of all images of a process are scaled together.
- 3. The released code averages the two directions of each loss. The paper, and this file, add them:
-    an untrained term is at 2 ln(outputs), 22.2 for 65,536.
+ 3. The released code averages the two directions of each loss; the paper and this file add them.
  4. Eqs. (6) and (8) are means over one image's objects; in the released code over all objects of a
     process, here of all processes. B_j in Eq. (4), too, is the batch of all processes, not of one:
     it holds more objects that may be nearer. With 8 processes 4.5% are trusted here, 20% there.
  5. From the released code: no cross-image term in the first epoch; the bank keeps the teacher's
-    objects unnormalised. Ours: it has K places for each of S images, in bfloat16, and must be full
-    after one epoch; a larger one would find objects' own earlier selves. In Table 4 the cross-image
-    term helps with S = 25k, not with 1k and 5k.
+    objects unnormalised. Ours: it has K places for each of S images, in bfloat16; one epoch must
+    fill it, as a larger one would hold objects' own earlier selves. By Table 4 S must be large: the
+    cross-image term helps with 25k, not with 1k or 5k.
  6. "Exactly the same as in DINO" (A.1) is settled by the released code's arguments: ViT-S without
     gradient clipping, with free norms in the last layers; ViT-B with a recipe of its own. The
     teacher's temperature rises at each step. Drop path is the student's only.
  7. The released ImageNet checkpoints have K = 32 (`--num-objects 32`), not A.1's 12. They reach
     73.2 (ViT-S) and 74.9 (ViT-B) on Pascal VOC, where Table 1 has 72.1 and 73.2.
  8. Ours: a ResNet's global representation is its average; BatchNorm in the teacher takes its own
-    batch's statistics; incomplete last batches are dropped; a linear classifier on detached
-    representations reports accuracy. The recipe of shapes is this project's own.
+    batch; incomplete last batches are dropped; a linear classifier on the side reports accuracy.
 """
 import argparse
 import copy
@@ -55,22 +52,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.transforms import RandomResizedCrop
 
 # --- 1. Views and positions -----------------------------------------------------------------------
 
 JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
-COLOURS = [dict(jitter=JITTER, blur_p=1.0), dict(jitter=JITTER, blur_p=0.1, solarize_p=0.2)]
+COLOURS = [  # of the first view and of the second
+    dict(jitter=JITTER, blur_p=1.0),
+    dict(jitter=JITTER, blur_p=0.1, solarize_p=0.2),
+]
 
 
 def sample_views(image, size):
-    """Two views of a PIL image, [(box, flip, size), ...], drawn with torch's global generator.
-
-    box: (top, left, height, width) in pixels, 25 to 100% of the area; flip: mirrored left to right;
-    size: the view's side in pixels.
-    """
+    """Two views of a PIL image, [(box, flip, size), ...]; box: (top, left, height, width)."""
     area = (0.25, 1.0)
     boxes = [RandomResizedCrop.get_params(image, area, ratio=(3 / 4, 4 / 3)) for _ in range(2)]
     return [(box, torch.rand(()).item() < 0.5, size) for box in boxes]
@@ -107,8 +103,8 @@ def joint_positions(boxes, flips, grid):
 # --- 2. Loss --------------------------------------------------------------------------------------
 
 def sinkhorn(cost, columns, iters, sharpness):
-    """Scales exp(-sharpness * cost) (B, n, K) until its columns sum to `columns` (B, K), and its
-    rows, nearly, all to the same."""
+    """Scales exp(-sharpness * cost) (B, n, K): its columns to sums `columns` (B, K), and its rows,
+    more nearly with each iteration, to equal sums."""
     plan = torch.exp(-sharpness * cost)
     for _ in range(iters):
         plan = plan / plan.sum(2, keepdim=True)
@@ -120,17 +116,16 @@ def distances_to_clusters(distances, labels, num_objects):
     """From each location to the nearest other one of each cluster: (B, n, K), from 0 to 1.
 
     distances (B, n, n): between locations, infinite from each to itself; labels (B, n): clusters,
-    num_objects for none. Where a cluster has no other location it is the image's mean, in which
-    such entries count as 0.
+    num_objects for none. Clusters without another location are at the image's mean distance, in
+    which they count as 0.
     """
     b, n = labels.shape
-    slots = num_objects + 1  # the last one is for locations without a cluster
-    first = slots * torch.arange(b, device=labels.device)  # (B,): each image's first slot
-    slot = (first[:, None] + labels).flatten()  # (B n,): each location's
-    rows = distances.flatten(0, 1)  # (B n, n)
-    # Each location's row goes to its cluster's slot, which keeps the smallest values.
-    d = rows.new_full((b * slots, n), torch.inf)
-    d.scatter_reduce_(0, slot[:, None].expand(-1, n), rows, "amin")
+    size = num_objects + 1  # clusters of an image, the last one for locations without a cluster
+    cluster = labels + size * torch.arange(b, device=labels.device)[:, None]  # unique in the batch
+    d = distances.new_full((b * size, n), torch.inf)
+    # Row i of an image's distances goes to the cluster of location i, which keeps the minimum.
+    index = cluster.flatten()[:, None].expand(-1, n)  # (B n, n)
+    d.scatter_reduce_(0, index, distances.flatten(0, 1), "amin")
     d = rearrange(d, "(b k) n -> b n k", b=b)[:, :, :num_objects]
 
     none = d.isinf()
@@ -144,14 +139,13 @@ def joint_space_clustering(tokens, positions, num_objects, pos_weight, init=None
                            sinkhorn_iters=5, sinkhorn_lambda=20.0):
     """Which object each location of an image's two views belongs to. Section 3.2.1.
 
-    tokens (B, 2N, D): local features of the first view, then of the second; positions (B, 2N, 2):
-    of joint_positions(); pos_weight: lambda_pos; init (B, K): tokens that start the clusters, by
-    default random ones -> Q (B, 2N, K): each location in one cluster, columns l1-normalised in each
-    view. Raises ValueError where there are more or fewer positions than tokens.
+    tokens (B, 2N, D): local features, first view then second; positions (B, 2N, 2): theirs, else
+    ValueError; pos_weight: lambda_pos; init (B, K): tokens that start the clusters, else random
+    -> Q (B, 2N, K): each location in one cluster, columns l1-normalised in each view.
     """
     b, n, _ = tokens.shape
-    if positions.shape != (b, n, 2):
-        raise ValueError(f"{n} tokens: maps must be square, with positions, without a [CLS] token")
+    if positions.shape != (b, n, 2):  # a map that is no square grid, or has a [CLS] token
+        raise ValueError(f"positions {list(positions.shape)} are not those of {n} tokens")
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = F.normalize(float32(tokens), dim=2)
         positions = float32(positions)
@@ -162,46 +156,45 @@ def joint_space_clustering(tokens, positions, num_objects, pos_weight, init=None
         # At first a cluster is its one starting token. All other locations are in none.
         if init is None:
             init = torch.rand(b, n, device=tokens.device).argsort(1)[:, :num_objects]  # distinct
-        names = torch.arange(num_objects, device=tokens.device).expand(b, -1)  # (B, K)
-        labels = torch.full((b, n), num_objects, device=tokens.device).scatter(1, init, names)
+        numbers = torch.arange(num_objects, device=tokens.device).expand(b, -1)  # (B, K)
+        labels = torch.full((b, n), num_objects, device=tokens.device).scatter(1, init, numbers)
         centroids = tokens.take_along_dim(init[:, :, None], 1)  # (B, K, D)
-        columns = tokens.new_full((b, num_objects), 1 / num_objects)
+        shares = tokens.new_full((b, num_objects), 1 / num_objects)  # of the locations
 
         for _ in range(iters):
             similarity = tokens @ centroids.mT  # (B, 2N, D) (B, D, K) -> (B, 2N, K)
             apart = distances_to_clusters(distances, labels, num_objects)  # (B, 2N, K)
             cost = pos_weight * apart - similarity
-            low, high = cost.aminmax()
+            low, high = cost.aminmax()  # of all images
             cost = (cost - low) / (high - low).clamp(min=1e-12)
 
-            plan = sinkhorn(cost, columns, sinkhorn_iters, sinkhorn_lambda)
+            plan = sinkhorn(cost, shares, sinkhorn_iters, sinkhorn_lambda)
             labels = plan.argmax(2)  # (B, 2N)
-            hard = F.one_hot(labels, num_objects).to(tokens.dtype)  # (B, 2N, K)
-            columns = F.normalize(hard.sum(1) + 0.01, p=1, dim=1)  # (B, K)
-            centroids = F.normalize(hard.mT @ tokens, dim=2)  # (B, K, 2N) (B, 2N, D) -> (B, K, D)
+            q = F.one_hot(labels, num_objects).to(tokens.dtype)  # (B, 2N, K)
+            centroids = F.normalize(q.mT @ tokens, dim=2)  # (B, K, 2N) (B, 2N, D) -> (B, K, D)
+            shares = F.normalize(q.sum(1) + 0.01, p=1, dim=1)  # more than 0: none is lost for good
 
-        views = hard.unflatten(1, (2, n // 2))  # (B, 2, N, K)
+        views = q.unflatten(1, (2, n // 2))  # (B, 2, N, K)
         return F.normalize(views, p=1, dim=2).flatten(1, 2)
 
 
 def object_representations(z_1, z_2, assignment):
-    """The mean of the local features of each object that is in both views. Eq. (1).
+    """Mean local features of each object that is in both views. Eq. (1).
 
-    z_1, z_2 (B, N, D): local features; assignment (B, 2N, K): of joint_space_clustering()
-    -> c_1, c_2 (M, D): the M valid objects, image by image; valid (B, K).
+    z_1, z_2 (B, N, D), assignment Q (B, 2N, K) -> c_1, c_2 (M, D), image by image; valid (B, K).
     """
     with torch.autocast(z_1.device.type, enabled=False):
         q_1, q_2 = assignment.chunk(2, 1)  # (B, N, K) each
         valid = (q_1.sum(1) > 0) & (q_2.sum(1) > 0)  # (B, K)
         c_1 = q_1.mT @ z_1.to(q_1.dtype)  # (B, K, N) (B, N, D) -> (B, K, D)
         c_2 = q_2.mT @ z_2.to(q_2.dtype)
-    kept = valid.flatten().nonzero().flatten()  # (M,) of the B K objects
-    return c_1.flatten(0, 1)[kept], c_2.flatten(0, 1)[kept], valid
+    kept = valid.nonzero(as_tuple=True)  # image by image
+    return c_1[kept], c_2[kept], valid
 
 
 @torch.no_grad()
 def nearest(queries, rows, chunk=65_536):
-    """The index (M,) of the row (S, D) of largest cosine to each query (M, D). Eq. (2).
+    """The index (M,) of the row (R, D) of largest cosine to each query (M, D). Eq. (2).
 
     Only M x chunk cosines exist at a time. On CUDA rows in bfloat16 are compared in float16.
     """
@@ -224,7 +217,7 @@ def nearest(queries, rows, chunk=65_536):
 
 @torch.no_grad()
 def all_objects(c):
-    """Objects (M, D) of each process, M its own -> those of all, and the index of its first one."""
+    """Objects (M, D) of each process, M its own -> those of all, and where this process's begin."""
     if not dist.is_initialized():
         return c.detach(), 0
     rank = dist.get_rank()
@@ -241,13 +234,12 @@ def all_objects(c):
 
 
 class MemoryBank(nn.Module):
-    """M_1 and M_2 of Section 3.2.2: `objects` (2, num_objects, D), the newest of all processes, in
-    both views."""
+    """M_1 and M_2 of Section 3.2.2: `objects` (2, num_objects, D), the newest, in both views."""
 
     def __init__(self, num_objects, dim, dtype=torch.float32):
         super().__init__()
         self.register_buffer("objects", torch.zeros(2, num_objects, dim, dtype=dtype))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))  # objects, ever
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))  # so far
 
     @property
     def ready(self):
@@ -267,14 +259,14 @@ class MemoryBank(nn.Module):
 @torch.no_grad()
 def cycle_consistent_matches(c_1, c_2, bank):
     """Nearest neighbours of objects c_1, c_2 (M, D) in a MemoryBank that is ready: nn_1, nn_2 (M,),
-    indices into M_1 and M_2; and whether to trust them, Eq. (4): ok_1, ok_2 (M,). A collective."""
+    indices into M_1 and M_2; and whether to trust them: ok_1, ok_2 (M,) bool. A collective."""
     m_1, m_2 = bank.objects
     torch._assert_async(bank.pushed >= len(m_1), "the bank is not full: see MemoryBank.ready")
     both, first = all_objects(torch.cat([c_1, c_2], 1))  # (G M, 2D)
     b_1, b_2 = both.chunk(2, 1)
-    own = first + torch.arange(len(c_1), device=c_1.device)  # (M,)
+    own = first + torch.arange(len(c_1), device=c_1.device)  # (M,): where c_1 is in b_1
 
-    # Two views of an object have the same index, so a jump, Eq. (3), keeps the index.
+    # The views of an object have one index in both banks, both batches: a jump, Eq. (3), keeps it.
     nn_1 = nearest(c_1, m_1)  # Eq. (2)
     nn_2 = nearest(c_2, m_2)
     ok_1 = nearest(m_2[nn_1], b_2) == own  # Eq. (4)
@@ -283,31 +275,31 @@ def cycle_consistent_matches(c_1, c_2, bank):
 
 
 def other_view_log_probabilities(logits, temp):
-    """The student's logits (2M, L) -> log-probabilities, where row i is row i's other view."""
-    other = logits.roll(len(logits) // 2, 0)
+    """The student's logits (2M, L) -> log-probabilities, row i those of object i's other view."""
+    other = logits.roll(len(logits) // 2, 0)  # first views and second views change places
     return F.log_softmax(float32(other) / temp, dim=1)
 
 
 def mean_cross_entropy(teacher_logits, log_q, center, teacher_temp, rows=None):
     """Mean of H(p, q) over the first views' rows plus mean over the second's. Eqs. (5)-(10).
 
-    teacher_logits (T, L); log_q (2M, L): of other_view_log_probabilities(); rows (T,): which of the
-    2M the teacher's logits belong to, by default all. A collective: means are over the rows of G
-    processes, and each returns G times its share, as DDP averages gradients. 0 without rows.
+    teacher_logits (T, L); log_q (2M, L): of other_view_log_probabilities(); rows (T,): those of the
+    2M that the teacher's are for, by default all. A collective: means are over all G processes, and
+    each returns G times its share, as DDP averages gradients. 0 without rows.
     """
-    in_first = torch.arange(len(log_q), device=log_q.device) < len(log_q) // 2  # (2M,)
+    first_view = torch.arange(len(log_q), device=log_q.device) < len(log_q) // 2  # (2M,)
     if rows is not None:
         log_q = log_q[rows]  # (T, L)
-        in_first = in_first[rows]
+        first_view = first_view[rows]
     logits = float32(teacher_logits.detach()) - center
     p = F.softmax(logits / teacher_temp, dim=1)  # (T, L)
     entropy = -(p * log_q).sum(1)  # (T,)
 
-    count = torch.stack([in_first.sum(), (~in_first).sum()]).to(p.dtype)  # Z_1, Z_2
+    count = torch.stack([first_view.sum(), (~first_view).sum()]).to(p.dtype)  # Z_1, Z_2
     if dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
-    return (entropy / torch.where(in_first, count[0], count[1])).sum()
+    return (entropy / torch.where(first_view, count[0], count[1])).sum()
 
 
 def distillation_loss(teacher_logits, student_logits, center, teacher_temp, student_temp,
@@ -325,10 +317,10 @@ def distillation_loss(teacher_logits, student_logits, center, teacher_temp, stud
 
 class Targets(typing.NamedTuple):
     """The teacher's logits of images and objects: all first views, then all second ones."""
-    image: torch.Tensor  # (2B, L)
-    objects: torch.Tensor  # (2M, L)
-    neighbours: torch.Tensor  # (T, L): of trusted nearest neighbours
-    trusted: torch.Tensor  # (T,): the objects, of 2M, whose neighbours they are
+    image: Tensor  # (2B, L)
+    objects: Tensor  # (2M, L)
+    neighbours: Tensor  # (T, L): of trusted nearest neighbours
+    trusted: Tensor  # (T,): the objects, of 2M, whose neighbours they are
 
 
 def cribo_loss(targets, image_logits, object_logits, image_center, object_center, teacher_temp,
@@ -352,7 +344,8 @@ def cribo_loss(targets, image_logits, object_logits, image_center, object_center
 @torch.no_grad()
 def update_center(center, logits, momentum=0.9):
     """Moves center (L,) towards the mean of the teacher's logits (n/G, L). A collective."""
-    total = F.pad(float32(logits).sum(0), (0, 1), value=len(logits))  # (L + 1,): and their count
+    total = logits.sum(0, dtype=center.dtype)
+    total = F.pad(total, (0, 1), value=len(logits))  # (L + 1,): the number of rows comes last
     if dist.is_initialized():
         dist.all_reduce(total)
     mean = total[:-1] / total[-1]
@@ -364,7 +357,7 @@ def update_center(center, logits, momentum=0.9):
 class Head(nn.Module):
     """DINO's projection head, with a last layer for images and one for objects. Appendix A.1."""
 
-    def __init__(self, dim, hidden=2048, bottleneck=256, outputs=65_536, norm_last_layer=True):
+    def __init__(self, dim, hidden, bottleneck, outputs, norm_last_layer):
         super().__init__()
         self.trunk = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
@@ -387,7 +380,7 @@ class Head(nn.Module):
 
 
 class Student(nn.Module):
-    """Backbone, head (widths: hidden, bottleneck, outputs) and linear classifier.
+    """Backbone, head of these widths (hidden, bottleneck, outputs) and linear classifier.
 
     backbone: images (B, 3, H0, W0) -> maps z (B, N, D), global z_bar (B, D), with D = .dim
     """
@@ -428,14 +421,13 @@ class CrIBo(nn.Module):
         outputs = student.head.image.out_features
         self.register_buffer("image_center", torch.zeros(outputs))
         self.register_buffer("object_center", torch.zeros(outputs))
-        places = bank_images * num_objects
-        self.bank = MemoryBank(places, student.backbone.dim, torch.bfloat16)
+        self.bank = MemoryBank(bank_images * num_objects, student.backbone.dim, torch.bfloat16)
 
     @torch.no_grad()
     def forward(self, x, positions, match, cycle=True):
         """What the teacher says of views x (2B, 3, H0, W0) with positions (B, 2N, 2).
 
-        match: whether to find neighbours, in a bank that is ready; cycle: to trust by Eq. (4), else
+        match: whether to find neighbours, in a bank that is ready; cycle: to trust by Eq. (4), not
         all -> assignment (B, 2N, K), z_bar (2B, D), Targets. A collective.
         """
         z, z_bar = self.backbone(x)  # (2B, N, D), (2B, D)
@@ -452,7 +444,8 @@ class CrIBo(nn.Module):
             ok = torch.cat([ok_1, ok_2]) | (not cycle)
             trusted = ok.nonzero().flatten()  # (T,) of the 2M
             m_1, m_2 = self.bank.objects
-            neighbours = torch.cat([m_1[nn_1], m_2[nn_2]])[trusted].to(c.dtype)  # (T, D)
+            neighbours = torch.cat([m_1[nn_1], m_2[nn_2]])  # (2M, D)
+            neighbours = neighbours[trusted].to(c.dtype)  # (T, D)
         self.bank.push(c_1, c_2)
 
         image, objects = self.head(z_bar, torch.cat([c, neighbours]))  # (2B, L), (2M + T, L)
@@ -480,11 +473,10 @@ RECIPES = {  # chosen by --arch or else by --data, imagenet's for any other; fla
         arch="vit_base_patch16", epochs=400, base_lr=7.5e-4, final_lr=2e-6, clip_grad=0.3,
         freeze_epochs=3, norm_last_layer=True, temp_warmup_epochs=50),
     "coco": VIT_SMALL | dict(epochs=300, batch_size=256, num_objects=64, pos_weight=2.0),
-    "shapes": VIT_SMALL | dict(
+    "shapes": VIT_SMALL | dict(  # this project's own
         arch="tiny_convnet", size=64, head="512-128-1024", epochs=7, batch_size=128, base_lr=8e-3,
         warmup_epochs=1, final_weight_decay=0.04, drop_path=0.0, clip_grad=3.0,
-        norm_last_layer=True, momentum=0.99, teacher_temp=0.04, temp_warmup_epochs=1,
-        num_objects=8, bank_images=2_000),
+        norm_last_layer=True, momentum=0.99, teacher_temp=0.04, num_objects=8, bank_images=2_000),
 }
 
 
@@ -498,9 +490,8 @@ def make_optimizer(student):
 def check_sizes(args, stride, images):
     """Raises UserError where the grid, the clusters or the bank are impossible."""
     from common import UserError
-    if args.size % stride or args.size < 2 * stride:
-        raise UserError(f"--size {args.size}: {args.arch} needs a multiple of {stride}, its "
-                        f"stride, and {2 * stride} or more")
+    if args.size % stride or args.size == stride:
+        raise UserError(f"--size {args.size}: give a multiple of {stride}, {2 * stride} or more")
     locations = 2 * (args.size // stride) ** 2
     if not 0 < args.num_objects <= locations:
         raise UserError(f"--num-objects {args.num_objects}: two views have {locations} locations")
@@ -509,8 +500,6 @@ def check_sizes(args, stride, images):
 
 
 def train(args):
-    import numpy as np
-
     import common
     import training
     device = training.set_up(args.seed)
@@ -518,7 +507,7 @@ def train(args):
     backbone = common.build_backbone(args.arch, args.size, args.drop_path)
     check_sizes(args, backbone.stride, len(data))
     student = Student(backbone, args.head, len(data.classes), args.norm_last_layer)
-    student, ddp = training.distribute(student, device)  # DDP would send the bank at each step
+    student, ddp = training.distribute(student, device)  # not all: DDP would send the bank as well
     model = CrIBo(student, args.num_objects, args.pos_weight, args.bank_images).to(device)
     optimizer = make_optimizer(student)
     run = training.Run(args, model, optimizer, data, device)  # resumes
@@ -542,7 +531,8 @@ def train(args):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             assignment, z_bar, targets = model(x, pos, match, args.cycle)
             image_logits, object_logits, logits = ddp(x, assignment)
-        temp = np.interp(epoch, [0, args.temp_warmup_epochs], [0.04, args.teacher_temp])
+        rise = epoch / args.temp_warmup_epochs if epoch < args.temp_warmup_epochs else 1
+        temp = 0.04 + rise * (args.teacher_temp - 0.04)
         loss, parts = cribo_loss(
             targets, image_logits, object_logits, model.image_center, model.object_center, temp,
             object_coeff=args.object, cross_image_coeff=args.cross_image)
@@ -566,10 +556,10 @@ def train(args):
         optimizer.step()
         model.update_teacher(momentum)
 
-        found = len(targets.objects)  # 2M
+        seen = len(targets.objects)  # 2M
         std = F.normalize(z_bar.float(), dim=1).std(0).mean()  # 1/sqrt(D) at most; 0: collapsed
-        run.log(loss=loss, **parts, bootstrap=len(targets.trusted) / max(1, found),
-                objects=found / len(x), std=std, **accuracy, lr=lr, decay=decay,
+        run.log(loss=loss, **parts, bootstrap=len(targets.trusted) / max(1, seen),
+                objects=seen / len(x), std=std, **accuracy, lr=lr, decay=decay,
                 momentum=momentum, temperature=temp)
         run.end_step()  # saves as time goes by; stops on a signal
 
@@ -588,8 +578,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     on_or_off = argparse.BooleanOptionalAction
     flag = parser.add_argument
-    flag("--head", type=head_widths, metavar="WIDTHS",
-         help="hidden, bottleneck and output width of the heads, like 2048-256-65536")
+    flag("--head", type=head_widths, help="hidden, bottleneck, output width, like 512-128-1024")
     flag("--num-objects", type=int, help="K, clusters of an image")
     flag("--pos-weight", type=float, help="lambda_pos, weight of distances in the clustering")
     flag("--bank-images", type=int, help="S, images whose objects the bank keeps")

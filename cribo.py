@@ -239,7 +239,7 @@ class MemoryBank(nn.Module):
     def __init__(self, num_objects, dim, dtype=torch.float32):
         super().__init__()
         self.register_buffer("objects", torch.zeros(2, num_objects, dim, dtype=dtype))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))  # so far
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))  # objects
 
     @property
     def ready(self):
@@ -292,8 +292,8 @@ def mean_cross_entropy(teacher_logits, log_q, center, teacher_temp, rows=None):
         log_q = log_q[rows]  # (T, L)
         first_view = first_view[rows]
     logits = float32(teacher_logits.detach()) - center
-    p = F.softmax(logits / teacher_temp, dim=1)  # (T, L)
-    entropy = -(p * log_q).sum(1)  # (T,)
+    p = F.softmax(logits / teacher_temp, dim=1)  # (T, L)  Eqs. (5), (7), (9)
+    entropy = -(p * log_q).sum(1)  # (T,): H(p, q)
 
     count = torch.stack([first_view.sum(), (~first_view).sum()]).to(p.dtype)  # Z_1, Z_2
     if dist.is_initialized():

@@ -78,17 +78,17 @@ def float32(x):
 
 
 def positions(boxes, flips, grid):
-    """Where the centres of a map's locations lie in the original image.
+    """Where the locations of a map have their centres in the original image.
 
-    boxes (B, 4): top, left, height, width in pixels; flips (B,): mirrored left to right; the map
-    has grid x grid locations -> (B, grid, grid, 2): y and x in pixels.
+    boxes (B, 4): top, left, height, width in pixels; flips (B,): mirrored left to right
+    -> (B, grid, grid, 2): y and x in pixels, for maps of grid x grid locations.
     """
     top, left, height, width = float32(boxes).split(1, 1)  # (B, 1) each
-    centres = (torch.arange(grid, device=top.device, dtype=top.dtype) + 0.5) / grid
+    centres = torch.arange(grid, device=top.device, dtype=top.dtype) + 0.5
+    centres = centres / grid  # (grid,), from 0 to 1 in the crop
     y = top + height * centres  # (B, grid)
     x = left + width * centres  # (B, grid)
     x = torch.where(flips[:, None], x.flip(1), x)  # a mirrored view's first column is on the right
-
     y = y[:, :, None].expand(-1, -1, grid)  # (B, grid, grid)
     x = x[:, None, :].expand(-1, grid, -1)  # (B, grid, grid)
     return torch.stack([y, x], 3)

@@ -12,35 +12,35 @@ nearest. The closest matches of each kind go through VICReg's criterion.
     torchrun --nproc_per_node=8 vicregl.py --data imagenet    # 8 GPUs: ResNet-50, 100 epochs
     torchrun --nproc_per_node=8 vicregl.py --data imagenet --epochs 300 --batch-size 2048 \
         --base-lr 0.2 --final-lr 0.0016                       # and 300 epochs
-    torchrun --nproc_per_node=8 vicregl.py --data imagenet --arch convnext_small  # or _base
+    torchrun --nproc_per_node=8 vicregl.py --data imagenet --arch convnext_small  # or convnext_base
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d \
         --rdzv_endpoint=HOST:29500 vicregl.py --data imagenet # on each of 4 nodes, HOST one of them
 
-    Algorithm 1, lines 21-40  local_criterion         Appendix C  positions
-    Algorithm 1, filter_best  closest, match          Eq. (2)     location_distances, match
-    Algorithm 1, lines 42-59  vicreg_loss             Eq. (4)     vicregl_loss
+    Algorithm 1, lines 4-19   train                   Eq. (2)     location_distances, match
+    Algorithm 1, lines 21-40  local_criterion         Eq. (4)     vicregl_loss
+    Algorithm 1, filter_best  closest                 Appendix C  positions
+    Algorithm 1, lines 42-59  vicreg_loss             VICReg Eq. (10)  correlation
 
 Differences
  1. The released code halves variance and covariance: `--var-coeff 12.5 --cov-coeff 0.5` gives its
-    loss. The off-diagonal sum comes from the smaller one of covariance and Gram matrix, as in
-    vicreg.py. The loss is in float32, whatever autocast says.
+    loss. As in vicreg.py, covariances may come from the Gram matrix, and the loss is in float32.
  2. From the released code: local features have a variance and a covariance at each index of the
-    matches, over the batch; matches are in the queries' spatial order; the local criterion is the
-    mean of both directions; more than two views form the pairs (i, j), i one of the two large ones.
-    So are the local projector and what vicreg.py's Difference 4 lists.
+    matches, which are in the queries' spatial order; the local criterion is the mean of both
+    directions; more than two views form the pairs (i, j), i one of the two large ones; the local
+    projector; and what vicreg.py's Difference 4 lists.
  3. Both kinds of match keep the 20 closest, as the paper's figures say. The released code keeps all
     feature matches (`--num-feature-matches 0 0`), and of the location matches 20 in one direction,
     4 in the other, also between two large views. Here the size of the view that queries decides
     (`--num-matches 20 4`). A view with fewer locations matches all that it has.
  4. Positions of a mirrored view are mirrored (Appendix C); in the released code not by default.
- 5. All terms are averaged over pairs of views, most of which a large one is part of. The released
-    code averages the global variance and covariance over views. With two views it is the same.
+ 5. All terms are averaged over pairs of views. The released code averages the global variance and
+    covariance over views, where large ones weigh less. With two views it is the same.
  6. The release means to train ConvNeXt's local projector at a tenth of the learning rate, but a
     misspelt name matches no parameter. Here as there it has the full rate.
  7. Unsaid in the appendix, ours: vicreg.py's colours; ResNet-50 ends at 0.001 of its peak learning
     rate for batches of 512 too; ConvNeXt trains for 400 epochs, with LayerNorm in the projectors;
     views of one size pass the network together, so BatchNorm sees all of them; shapes' recipe.
- 8. cifar10 follows vicreg.py but for the colours, and keeps 7 matches of 16, about as 20 of 49.
+    cifar10 is vicreg.py's but for the colours, and keeps 7 matches of 16, about as 20 of 49.
 """
 import argparse
 import functools
@@ -56,18 +56,15 @@ from torchvision.transforms import RandomResizedCrop
 # --- 1. Views and positions -----------------------------------------------------------------------
 
 JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
-VIEWS = {  # kinds of views: how many, the crop's share of the image's area, the side / --size
-    "two": [(2, (0.08, 1.0), 1.0)],
-    "multicrop": [(2, (0.4, 1.0), 1.0), (6, (0.08, 0.4), 96 / 224)],  # two large ones come first
-}
+TWO = [(2, (0.08, 1.0), 1.0)]  # how many, the crop's share of the image's area, side / --size
+LARGE = (2, (0.4, 1.0), 1.0)
+SMALL = (6, (0.08, 0.4), 96 / 224)
+VIEWS = {"two": TWO, "multicrop": [LARGE, SMALL]}
 
 
 def sample_views(image, kinds, size):
-    """The views of a PIL image, [(box, flip, size), ...], drawn with torch's global generator.
-
-    kinds: one of VIEWS; box: (top, left, height, width) in pixels; flip: mirrored left to right;
-    size: the view's side in pixels.
-    """
+    """The views of a PIL image, [(box, flip, size), ...], drawn with torch's global generator;
+    kinds: of VIEWS; box: (top, left, height, width) in pixels; flip: mirrored left to right."""
     views = []
     for count, area, scale in kinds:
         for _ in range(count):
@@ -78,15 +75,15 @@ def sample_views(image, kinds, size):
 
 
 def float32(x):
-    """x in float32 (float64 stays): half precision is too coarse for pixels and for z^T z."""
+    """x in float32 (float64 stays): pixels and z^T z need more than half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def positions(boxes, flips, grid):
-    """Where the centres of a map's locations lie in the original image. Appendix C.
+    """Where the locations of a map have their centres in the original image. Appendix C.
 
-    boxes (B, 4): top, left, height, width in pixels; flips (B,): mirrored left to right; the map
-    has grid x grid locations -> (B, grid, grid, 2): y and x in pixels.
+    boxes (B, 4): top, left, height, width in pixels; flips (B,): mirrored left to right
+    -> (B, grid, grid, 2): y and x in pixels, for maps of grid x grid locations.
     """
     top, left, height, width = float32(boxes).split(1, 1)  # (B, 1) each
     centres = (torch.arange(grid, device=top.device, dtype=top.dtype) + 0.5) / grid
@@ -100,18 +97,15 @@ def positions(boxes, flips, grid):
 
 
 def map_positions(boxes, flips, maps):
-    """boxes (B, V, 4), flips (B, V), maps V x (B, N, D) -> positions V x (B, N, 2).
-
-    Views and their maps are square. Raises ValueError where N is not the square of a side.
-    """
+    """boxes (B, V, 4), flips (B, V), maps V x (B, N, D) of square views -> positions V x (B, N, 2).
+    Raises ValueError where N is no square."""
     found = []
     for view, features in enumerate(maps):
-        locations = features.shape[1]
-        grid = math.isqrt(locations)
-        if grid**2 != locations:
-            raise ValueError(f"a map of {locations} locations is not square")
-        pos = positions(boxes[:, view], flips[:, view], grid)  # (B, H, W, 2)
-        found.append(pos.flatten(1, 2))  # (B, N, 2)
+        grid = math.isqrt(features.shape[1])
+        if grid**2 != features.shape[1]:
+            raise ValueError(f"a map of {features.shape[1]} locations is not square")
+        pos = positions(boxes[:, view], flips[:, view], grid)
+        found.append(pos.flatten(1, 2))  # (B, grid, grid, 2) -> (B, N, 2)
     return found
 
 
@@ -189,8 +183,7 @@ def off_diagonal(z, var, n):
 def variance_and_covariance(z):
     """The terms of Algorithm 1, lines 47-57, for z (n/G, D) -> (1,), (1,).
 
-    Local features (n/G, ..., M, D) have statistics over the batch at each of the ... M indices
-    alone -> one number of each term for each index.
+    z (n/G, ..., D): for each of the M indices `...` the terms over the batch -> (M,), (M,).
     """
     d = z.shape[-1]
     z, var, n = moments(float32(z).flatten(1))  # (n/G, M D), (M D,)
@@ -209,16 +202,16 @@ def invariance(z_a, z_b):
 def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """Algorithm 1, vicreg; lambda, mu and nu are inv_coeff, var_coeff and cov_coeff.
 
-    Embeddings z_a, z_b (n/G, D), n > 1, or local features (n/G, ..., M, D), of which the criteria
-    at each index are averaged -> the loss, and its terms, unweighted. A collective of G processes:
-    var and cov are those of all n rows, and the gradient that DDP averages is that of one process
-    with all rows. Once differentiable. Raises RuntimeError as moments() does.
+    Embeddings z_a, z_b (n/G, D), n > 1 -> the loss, and its terms, unweighted; of local features
+    (n/G, ..., D) the mean over the indices `...`. A collective of G processes: var and cov are
+    those of all n rows, and the gradient that DDP averages is that of one process with all rows.
+    Once differentiable. Raises RuntimeError as moments() does.
     """
     inv = invariance(z_a, z_b)
-    var_a, cov_a = variance_and_covariance(z_a)
-    var_b, cov_b = variance_and_covariance(z_b)
-    var = (var_a + var_b).mean()
-    cov = (cov_a + cov_b).mean()
+    both = torch.stack([z_a, z_b], 1)  # (n/G, 2, ..., D): half of the collectives of two calls
+    var, cov = variance_and_covariance(both)  # (2 M,), (2 M,)
+    var = 2 * var.mean()  # mean(var of z_a) + mean(var of z_b)
+    cov = 2 * cov.mean()
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
     return loss, {"inv": inv, "var": var, "cov": cov}
 
@@ -233,19 +226,15 @@ def location_distances(pos_a, pos_b):
 
 @torch.no_grad()
 def feature_distances(map_a, map_b):
-    """Squared distances (..., N, N') between features (..., N, D) and (..., N', D).
+    """Distances (..., N, N') between features (..., N, D) and (..., N', D).
 
-    ||a - b||^2 = ||a||^2 - 2 a^T b + ||b||^2. The image's mean is taken off first: it is common to
-    all distances, and float32 would lose them beside the norms of features far from zero.
+    A matrix product is fast, but rounds small distances between features far from zero. So the mean
+    of the image is taken off, which changes no distance.
     """
-    with torch.autocast(map_a.device.type, enabled=False):
-        mean = float32(map_b).mean(-2, keepdim=True)  # (..., 1, D)
-        map_a = float32(map_a) - mean
-        map_b = float32(map_b) - mean
-        norms_a = map_a.square().sum(-1)[..., :, None]  # (..., N, 1)
-        norms_b = map_b.square().sum(-1)[..., None, :]  # (..., 1, N')
-        products = map_a @ map_b.mT  # (..., N, D) (..., D, N') -> (..., N, N')
-        return norms_a - 2 * products + norms_b
+    mean = float32(map_b).mean(-2, keepdim=True)  # (..., 1, D)
+    map_a = float32(map_a) - mean
+    map_b = float32(map_b) - mean
+    return torch.cdist(map_a, map_b, compute_mode="use_mm_for_euclid_dist")
 
 
 def closest(distances, num_matches=None):
@@ -263,10 +252,11 @@ def closest(distances, num_matches=None):
 
 
 def select(maps, indices):
-    """maps (..., N, D) at indices (..., M) -> (..., M, D)."""
-    rows = maps.flatten(0, -2)  # all locations in a row: much faster than maps.gather()
+    """maps (..., N, D) at indices (..., M) -> (..., M, D), much faster than gather()."""
+    rows = maps.flatten(0, -2)  # the locations of all maps, one map after the other
     first = torch.arange(0, len(rows), maps.shape[-2], device=rows.device)  # of each map
-    return rows[first.view(*indices.shape[:-1], 1) + indices]
+    first = first.view(*indices.shape[:-1], 1)
+    return rows[first + indices]
 
 
 def match(query, candidates, distances, num_matches=None):
@@ -292,10 +282,10 @@ def local_criterion(map_a, map_b, pos_a, pos_b, num_matches=20, num_feature_matc
                     inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """Algorithm 1, local_criterion: one direction, from a to b.
 
-    maps (B, N, D) and (B, N', D), pos (B, N, 2) and (B, N', 2) in pixels -> the loss, and its
-    terms, unweighted. P pairs of views at once, (B, P, N, D) and so on, give their mean.
-    num_matches by location, num_feature_matches by feature: gamma, how many to keep, None or 0 for
-    all. A collective, once differentiable. Raises as vicreg_loss() does.
+    maps (B, N, D), pos (B, N, 2) in pixels -> the loss, and its terms, unweighted; of P pairs of
+    views, maps (B, P, N, D) and pos (B, P, N, 2), the mean of P losses. num_matches by location,
+    num_feature_matches by feature: gamma, how many to keep; None or 0: all. A collective, once
+    differentiable. Raises as vicreg_loss() does.
     """
     coefficients = (inv_coeff, var_coeff, cov_coeff)
     map_a = float32(map_a)
@@ -316,38 +306,35 @@ def local_criterion(map_a, map_b, pos_a, pos_b, num_matches=20, num_feature_matc
 
 def mean_local_criterion(maps, pos, num_matches, num_feature_matches, *coefficients):
     """local_criterion() averaged over the pairs of vicregl_loss() and both directions of each."""
-    def mean_over(directions, kind):
-        """kind: of the views that query, 0 for large ones, -1 for small ones."""
-        map_a = torch.stack([maps[a] for a, _ in directions], 1)  # (B, P, N, D)
-        map_b = torch.stack([maps[b] for _, b in directions], 1)  # (B, P, N', D)
-        pos_a = torch.stack([pos[a] for a, _ in directions], 1)  # (B, P, N, 2)
-        pos_b = torch.stack([pos[b] for _, b in directions], 1)  # (B, P, N', 2)
+    def mean_over(a, b, kind):
+        """From views a to views b; kind: 0 where a are large views, -1 where they are small."""
+        map_a = torch.stack([maps[view] for view in a], 1)  # (B, P, N, D)
+        map_b = torch.stack([maps[view] for view in b], 1)
+        pos_a = torch.stack([pos[view] for view in a], 1)  # (B, P, N, 2)
+        pos_b = torch.stack([pos[view] for view in b], 1)
         return local_criterion(map_a, map_b, pos_a, pos_b, num_matches[kind],
                                num_feature_matches[kind], *coefficients)
 
-    large = mean_over([(0, 1), (1, 0)], 0)
+    between_large = mean_over([0, 1], [1, 0], 0)
     if len(maps) == 2:
-        return large
-    to_small = [(i, j) for i in (0, 1) for j in range(2, len(maps))]
-    to_large = [(j, i) for i, j in to_small]
-    share = 1 / (len(maps) - 1)  # of the 2 (V - 1) pairs, (0, 1) and (1, 0) are two
+        return between_large
+    small = list(range(2, len(maps)))
+    i = len(small) * [0] + len(small) * [1]  # each of the two large views
+    j = small + small  # with each small one
+    to_small = mean_over(i, j, 0)
+    to_large = mean_over(j, i, -1)
+    share = 1 / (len(maps) - 1)  # of the 2 (V - 1) pairs, (0, 1) and (1, 0) are 2
     rest = (1 - share) / 2
-    return weighted_sum((share, large), (rest, mean_over(to_small, 0)),
-                        (rest, mean_over(to_large, -1)))
+    return weighted_sum((share, between_large), (rest, to_small), (rest, to_large))
 
 
-def mean_global_criterion(embeddings, inv_coeff, var_coeff, cov_coeff):
-    """vicreg_loss() averaged over the pairs of vicregl_loss()."""
-    count = len(embeddings)
-    pairs = [(i, j) for i in (0, 1) for j in range(count) if j != i]
-    z_i = torch.stack([embeddings[i] for i, _ in pairs], 1)  # (B, P, D)
-    z_j = torch.stack([embeddings[j] for _, j in pairs], 1)  # (B, P, D)
-    inv = invariance(z_i, z_j)
-
-    # A view has the same variance in all its pairs: a large view in V of them, a small one in 2.
-    var, cov = variance_and_covariance(torch.stack(embeddings, 1))  # (B, V, D) -> (V,), (V,)
-    var = (count * var[:2].sum() + 2 * var[2:].sum()) / len(pairs)
-    cov = (count * cov[:2].sum() + 2 * cov[2:].sum()) / len(pairs)
+def mean_global_criterion(z, inv_coeff, var_coeff, cov_coeff):
+    """vicreg_loss(z[i], z[j]) averaged over the pairs (i, j) of vicregl_loss()."""
+    pairs = [(i, j) for i in (0, 1) for j in range(len(z)) if j != i]
+    var_of, cov_of = variance_and_covariance(torch.stack(z, 1))  # once a view: (V,), (V,)
+    inv = sum(invariance(z[i], z[j]) for i, j in pairs) / len(pairs)
+    var = sum(var_of[i] + var_of[j] for i, j in pairs) / len(pairs)
+    cov = sum(cov_of[i] + cov_of[j] for i, j in pairs) / len(pairs)
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
     return loss, {"inv": inv, "var": var, "cov": cov}
 
@@ -356,13 +343,11 @@ def vicregl_loss(embeddings, maps, pos, alpha=0.75, num_matches=(20, 20),
                  num_feature_matches=(20, 20), inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """Eq. (4): alpha * global + (1 - alpha) * local. Algorithm 1, lines 13-15.
 
-    embeddings V x (B, D), maps V x (B, N, D), pos V x (B, N, 2) in pixels, of two large views and
-    V - 2 small ones; N is the same for all large views, and for all small ones. Both criteria are
-    averaged over pairs of views (i, j), i one of the first two, j any other. num_matches and
-    num_feature_matches: as in local_criterion(), from a large view and from a small one.
-
-    -> the loss, and the terms of both criteria, unweighted. At alpha 1 (0) the local (global) one
-    is not computed. A collective, once differentiable. Raises as vicreg_loss() does.
+    embeddings V x (B, D), maps V x (B, N, D), pos V x (B, N, 2) in pixels: two large views first,
+    then small ones -> the loss, and the terms of both criteria, unweighted. They are averaged over
+    pairs of views (i, j), i one of the first two, j any other; at alpha 1 (0) the local (global)
+    ones are not computed. num_matches, num_feature_matches: as in local_criterion(), from large
+    views and from small ones. A collective, once differentiable. Raises as vicreg_loss() does.
     """
     coefficients = (inv_coeff, var_coeff, cov_coeff)
     loss = 0.0
@@ -403,8 +388,8 @@ class VICRegL(nn.Module):
     """Backbone, projector for whole views, local projector for locations, linear classifier.
 
     backbone: images (B, 3, H0, W0) -> maps (B, N, D), representations (B, D), with D = .dim
-    widths, local_widths: of the projectors' layers; None for a criterion that is not used.
-    norm: in the projectors, nn.BatchNorm1d or nn.LayerNorm.
+    widths, local_widths: of the projectors' layers, None where its criterion is not used;
+    norm: the projectors' normalization
     """
 
     def __init__(self, backbone, widths=(8192, 8192, 8192), local_widths=(512, 512, 512),
@@ -476,13 +461,13 @@ def train(args):
     backbone = common.build_backbone(args.arch, args.size, args.drop_path)
     smallest = round(min(scale for _, _, scale in kinds) * args.size)
     if smallest < backbone.stride:
-        raise common.UserError(f"--size {args.size} has views of {smallest} pixels, below "
-                               f"{backbone.stride}, one stride of {args.arch}: try --views two")
+        raise common.UserError(f"--size {args.size} makes views of {smallest} pixels, less than a "
+                               f"stride of {args.arch}, {backbone.stride}: try --views two")
 
-    widths = args.projector if args.alpha > 0 else None
-    local_widths = args.local_projector if args.alpha < 1 else None
+    projector = args.projector if args.alpha > 0 else None
+    local_projector = args.local_projector if args.alpha < 1 else None
     norm = nn.LayerNorm if args.arch.startswith("convnext") else nn.BatchNorm1d
-    model = VICRegL(backbone, widths, local_widths, len(data.classes), norm)
+    model = VICRegL(backbone, projector, local_projector, len(data.classes), norm)
     model, ddp = training.distribute(model, device)
     optimizer = make_optimizer(args.arch, model, args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
@@ -513,13 +498,6 @@ def train(args):
     run.finish("knn", "correspond")
 
 
-def count(text):
-    number = int(text)
-    if number < 0:
-        raise ValueError(f"{number} is below 0")
-    return number
-
-
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -529,9 +507,9 @@ def main():
          help="the same, for single locations")
     flag("--views", default="two", choices=VIEWS, help="two views, or two large and six small ones")
     flag("--alpha", type=float, default=0.75, help="weight of the global criterion, from 0 to 1")
-    kinds = dict(type=count, nargs=2, default=[20, 20], metavar=("LARGE", "SMALL"))
-    flag("--num-matches", **kinds, help="location matches from a large and a small view; 0: all")
-    flag("--num-feature-matches", **kinds, help="the same for feature matches")
+    numbers = dict(type=int, nargs=2, default=[20, 20], metavar=("LARGE", "SMALL"))
+    flag("--num-matches", **numbers, help="location matches from a large, a small view; 0: all")
+    flag("--num-feature-matches", **numbers, help="the same for feature matches")
     flag("--inv-coeff", type=float, default=25.0, help="lambda, weight of the invariance term")
     flag("--var-coeff", type=float, default=25.0, help="mu, weight of the variance term")
     flag("--cov-coeff", type=float, default=1.0, help="nu, weight of the covariance term")

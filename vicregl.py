@@ -24,10 +24,10 @@ nearest. The closest matches of each kind go through VICReg's criterion.
 Differences
  1. The released code halves variance and covariance: `--var-coeff 12.5 --cov-coeff 0.5` gives its
     loss. As in vicreg.py, covariances may come from the Gram matrix, and the loss is in float32.
- 2. From the released code: local features have a variance and a covariance at each index of the
-    matches, which are in the queries' spatial order; the local criterion is the mean of both
-    directions; more than two views form the pairs (i, j), i one of the two large ones; the local
-    projector; and what vicreg.py's Difference 4 lists.
+ 2. From the released code: the local projector; variance and covariance of local features at each
+    index of the matches, which keep the queries' spatial order; both directions of the local
+    criterion, averaged; with more than two views the pairs (i, j), i one of the two large ones; and
+    what vicreg.py's Difference 4 lists.
  3. Both kinds of match keep the 20 closest, as the paper's figures say. The released code keeps all
     feature matches (`--num-feature-matches 0 0`), and of the location matches 20 in one direction,
     4 in the other, also between two large views. Here the size of the view that queries decides
@@ -37,10 +37,9 @@ Differences
     covariance over views, where large ones weigh less. With two views it is the same.
  6. The release means to train ConvNeXt's local projector at a tenth of the learning rate, but a
     misspelt name matches no parameter. Here as there it has the full rate.
- 7. Unsaid in the appendix, ours: vicreg.py's colours; ResNet-50 ends at 0.001 of its peak learning
-    rate for batches of 512 too; ConvNeXt trains for 400 epochs, with LayerNorm in the projectors;
-    views of one size pass the network together, so BatchNorm sees all of them; shapes' recipe.
-    cifar10 is vicreg.py's but for the colours, and keeps 7 matches of 16, about as 20 of 49.
+ 7. Unsaid in the appendix, ours: vicreg.py's colours; ResNet-50's final learning rate for batches
+    of 512; ConvNeXt's 400 epochs and LayerNorm in its projectors; views of one size in one pass, so
+    BatchNorm sees all of them; cifar10's 7 matches of 16 locations, about as 20 of 49.
 """
 import argparse
 import functools
@@ -86,11 +85,11 @@ def positions(boxes, flips, grid):
     -> (B, grid, grid, 2): y and x in pixels, for maps of grid x grid locations.
     """
     top, left, height, width = float32(boxes).split(1, 1)  # (B, 1) each
-    centres = (torch.arange(grid, device=top.device, dtype=top.dtype) + 0.5) / grid
+    centres = torch.arange(grid, device=top.device, dtype=top.dtype) + 0.5
+    centres = centres / grid  # (grid,), from 0 to 1 in the crop
     y = top + height * centres  # (B, grid)
     x = left + width * centres  # (B, grid)
     x = torch.where(flips[:, None], x.flip(1), x)  # a mirrored view's first column is on the right
-
     y = y[:, :, None].expand(-1, -1, grid)  # (B, grid, grid)
     x = x[:, None, :].expand(-1, grid, -1)  # (B, grid, grid)
     return torch.stack([y, x], 3)
@@ -110,6 +109,7 @@ def map_positions(boxes, flips, maps):
 
 
 # --- 2. Loss --------------------------------------------------------------------------------------
+# n: images of the global batch; G: processes; B = n/G: images of this one; M: matches of an image
 
 def all_sum(x):
     """The sum of x over G processes that all go on to compute the same loss from it.
@@ -157,38 +157,36 @@ def moments(z):
 
 
 def hinge(var, gamma=1.0, eps=1e-4):
-    """Variances (M, D) -> (M,): how far standard deviations are below gamma, on average over D."""
+    """Variances (K, D) -> (K,): how far standard deviations are below gamma, on average over D."""
     return F.relu(gamma - torch.sqrt(var + eps)).mean(1)
 
 
 def off_diagonal(z, var, n):
-    """Centred z (n/G, M, D), variances (M, D) -> (M,): the sum of squared covariances, / D.
+    """Centred z (n/G, K, D), variances (K, D) -> (K,): sums of squared covariances, / D.
 
     With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F: the smaller one serves.
     """
     d = z.shape[2]
-    rows = z.transpose(0, 1)  # (M, n/G, D)
+    rows = z.transpose(0, 1)  # (K, n/G, D)
     with torch.autocast(z.device.type, enabled=False):
         if n >= d:
-            c = all_sum(rows.mT @ rows) / (n - 1)  # (M, D, n/G) (M, n/G, D) -> (M, D, D)
-            squares = c.square().sum((1, 2))  # (M,)
+            c = all_sum(rows.mT @ rows) / (n - 1)  # (K, D, n/G) (K, n/G, D) -> (K, D, D)
+            squares = c.square().sum((1, 2))  # (K,)
         else:
-            others = all_rows(z).transpose(0, 1)  # (M, n, D)
-            s = rows @ others.mT / (n - 1)  # (M, n/G, D) (M, D, n) -> (M, n/G, n): some rows of S
+            others = all_rows(z).transpose(0, 1)  # (K, n, D)
+            s = rows @ others.mT / (n - 1)  # (K, n/G, D) (K, D, n) -> (K, n/G, n): some rows of S
             # d||S||^2 = 2 <S, dz z^T + z dz^T>: two equal halves, and all_rows() passes on one.
-            squares = all_sum(twice_the_gradient(s.square().sum((1, 2))))  # (M,)
+            squares = all_sum(twice_the_gradient(s.square().sum((1, 2))))  # (K,)
     return (squares - var.square().sum(1)) / d  # the diagonal of C holds the variances
 
 
 def variance_and_covariance(z):
-    """The terms of Algorithm 1, lines 47-57, for z (n/G, D) -> (1,), (1,).
-
-    z (n/G, ..., D): for each of the M indices `...` the terms over the batch -> (M,), (M,).
-    """
+    """The terms of Algorithm 1, lines 47-57: of embeddings z (n/G, D) -> (1,), (1,); of local
+    features z (n/G, ..., D), at each of the K indices `...` for itself -> (K,), (K,)."""
     d = z.shape[-1]
-    z, var, n = moments(float32(z).flatten(1))  # (n/G, M D), (M D,)
-    z = z.unflatten(1, (-1, d))  # (n/G, M, D)
-    var = var.unflatten(0, (-1, d))  # (M, D)
+    z, var, n = moments(float32(z).flatten(1))  # (n/G, K D), (K D,)
+    z = z.unflatten(1, (-1, d))  # (n/G, K, D)
+    var = var.unflatten(0, (-1, d))  # (K, D)
     return hinge(var), off_diagonal(z, var, n)
 
 
@@ -203,13 +201,13 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """Algorithm 1, vicreg; lambda, mu and nu are inv_coeff, var_coeff and cov_coeff.
 
     Embeddings z_a, z_b (n/G, D), n > 1 -> the loss, and its terms, unweighted; of local features
-    (n/G, ..., D) the mean over the indices `...`. A collective of G processes: var and cov are
+    (n/G, ..., D) their mean over the indices `...`. A collective of G processes: var and cov are
     those of all n rows, and the gradient that DDP averages is that of one process with all rows.
     Once differentiable. Raises RuntimeError as moments() does.
     """
     inv = invariance(z_a, z_b)
     both = torch.stack([z_a, z_b], 1)  # (n/G, 2, ..., D): half of the collectives of two calls
-    var, cov = variance_and_covariance(both)  # (2 M,), (2 M,)
+    var, cov = variance_and_covariance(both)  # (2K,), (2K,)
     var = 2 * var.mean()  # mean(var of z_a) + mean(var of z_b)
     cov = 2 * cov.mean()
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
@@ -219,9 +217,9 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
 @torch.no_grad()
 def location_distances(pos_a, pos_b):
     """Distances (..., N, N') in pixels between positions (..., N, 2) and (..., N', 2). Eq. (2)."""
-    y_a, x_a = float32(pos_a)[..., :, None, :].unbind(-1)  # (..., N, 1) each
-    y_b, x_b = float32(pos_b)[..., None, :, :].unbind(-1)  # (..., 1, N') each
-    return torch.hypot(y_a - y_b, x_a - x_b)
+    difference = float32(pos_a).unsqueeze(-2) - float32(pos_b).unsqueeze(-3)  # (..., N, N', 2)
+    y, x = difference.unbind(-1)
+    return torch.hypot(y, x)  # exact: the same place is at 0
 
 
 @torch.no_grad()
@@ -238,12 +236,12 @@ def feature_distances(map_a, map_b):
 
 
 def closest(distances, num_matches=None):
-    """Queries and their nearest candidates, of the closest pairs: filter_best of Algorithm 1.
+    """The closest pairs of a query and its nearest candidate: filter_best of Algorithm 1.
 
     distances (..., N, N') -> indices of queries, ascending, and of their candidates, (..., M) each.
     M is num_matches, at most N; None or 0: N. Of equal distances the first wins.
     """
-    distance, nearest = distances.min(-1)  # (..., N) each. Lines 25, 34
+    distance, nearest = distances.min(-1)  # (..., N) each: lines 25 and 34
     if not num_matches:
         num_matches = distance.shape[-1]
     kept = distance.argsort(dim=-1, stable=True)[..., :num_matches]  # (..., M)
@@ -253,10 +251,10 @@ def closest(distances, num_matches=None):
 
 def select(maps, indices):
     """maps (..., N, D) at indices (..., M) -> (..., M, D), much faster than gather()."""
-    rows = maps.flatten(0, -2)  # the locations of all maps, one map after the other
-    first = torch.arange(0, len(rows), maps.shape[-2], device=rows.device)  # of each map
-    first = first.view(*indices.shape[:-1], 1)
-    return rows[first + indices]
+    maps = maps.flatten(0, -3)
+    number = torch.arange(len(maps), device=maps.device)  # of each map
+    number = number.view(*indices.shape[:-1], 1)  # (..., 1)
+    return maps[number, indices]
 
 
 def match(query, candidates, distances, num_matches=None):
@@ -291,12 +289,12 @@ def local_criterion(map_a, map_b, pos_a, pos_b, num_matches=20, num_feature_matc
     map_a = float32(map_a)
     map_b = float32(map_b)
 
-    # Location-based loss function
+    # Location-based loss function: lines 22-29
     distances = location_distances(pos_a, pos_b)
     map_a_filtered, map_a_nn_filtered = match(map_a, map_b, distances, num_matches)
     location = vicreg_loss(map_a_filtered, map_a_nn_filtered, *coefficients)
 
-    # Feature-based loss function
+    # Feature-based loss function: lines 31-38
     distances = feature_distances(map_a, map_b)
     map_a_filtered, map_a_nn_filtered = match(map_a, map_b, distances, num_feature_matches)
     feature = vicreg_loss(map_a_filtered, map_a_nn_filtered, *coefficients)
@@ -306,23 +304,25 @@ def local_criterion(map_a, map_b, pos_a, pos_b, num_matches=20, num_feature_matc
 
 def mean_local_criterion(maps, pos, num_matches, num_feature_matches, *coefficients):
     """local_criterion() averaged over the pairs of vicregl_loss() and both directions of each."""
-    def mean_over(a, b, kind):
-        """From views a to views b; kind: 0 where a are large views, -1 where they are small."""
+    from_large = (num_matches[0], num_feature_matches[0])
+    from_small = (num_matches[-1], num_feature_matches[-1])
+
+    def mean_over(a, b, numbers):
+        """The mean over the directions from view a[p] to view b[p]."""
         map_a = torch.stack([maps[view] for view in a], 1)  # (B, P, N, D)
         map_b = torch.stack([maps[view] for view in b], 1)
         pos_a = torch.stack([pos[view] for view in a], 1)  # (B, P, N, 2)
         pos_b = torch.stack([pos[view] for view in b], 1)
-        return local_criterion(map_a, map_b, pos_a, pos_b, num_matches[kind],
-                               num_feature_matches[kind], *coefficients)
+        return local_criterion(map_a, map_b, pos_a, pos_b, *numbers, *coefficients)
 
-    between_large = mean_over([0, 1], [1, 0], 0)
+    between_large = mean_over([0, 1], [1, 0], from_large)
     if len(maps) == 2:
         return between_large
     small = list(range(2, len(maps)))
     i = len(small) * [0] + len(small) * [1]  # each of the two large views
     j = small + small  # with each small one
-    to_small = mean_over(i, j, 0)
-    to_large = mean_over(j, i, -1)
+    to_small = mean_over(i, j, from_large)
+    to_large = mean_over(j, i, from_small)
     share = 1 / (len(maps) - 1)  # of the 2 (V - 1) pairs, (0, 1) and (1, 0) are 2
     rest = (1 - share) / 2
     return weighted_sum((share, between_large), (rest, to_small), (rest, to_large))
@@ -331,7 +331,9 @@ def mean_local_criterion(maps, pos, num_matches, num_feature_matches, *coefficie
 def mean_global_criterion(z, inv_coeff, var_coeff, cov_coeff):
     """vicreg_loss(z[i], z[j]) averaged over the pairs (i, j) of vicregl_loss()."""
     pairs = [(i, j) for i in (0, 1) for j in range(len(z)) if j != i]
-    var_of, cov_of = variance_and_covariance(torch.stack(z, 1))  # once a view: (V,), (V,)
+    var_of, cov_of = variance_and_covariance(torch.stack(z, 1))  # (V,), (V,): once a view
+    var_of = var_of.unbind()
+    cov_of = cov_of.unbind()
     inv = sum(invariance(z[i], z[j]) for i, j in pairs) / len(pairs)
     var = sum(var_of[i] + var_of[j] for i, j in pairs) / len(pairs)
     cov = sum(cov_of[i] + cov_of[j] for i, j in pairs) / len(pairs)
@@ -343,11 +345,11 @@ def vicregl_loss(embeddings, maps, pos, alpha=0.75, num_matches=(20, 20),
                  num_feature_matches=(20, 20), inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """Eq. (4): alpha * global + (1 - alpha) * local. Algorithm 1, lines 13-15.
 
-    embeddings V x (B, D), maps V x (B, N, D), pos V x (B, N, 2) in pixels: two large views first,
-    then small ones -> the loss, and the terms of both criteria, unweighted. They are averaged over
-    pairs of views (i, j), i one of the first two, j any other; at alpha 1 (0) the local (global)
-    ones are not computed. num_matches, num_feature_matches: as in local_criterion(), from large
-    views and from small ones. A collective, once differentiable. Raises as vicreg_loss() does.
+    embeddings V x (B, D), maps V x (B, N, D), pos V x (B, N, 2) in pixels: of two large views, then
+    small ones -> the loss, and the terms of both criteria, unweighted, averaged over pairs of views
+    (i, j), i one of the first two, j any other. At alpha 1 the local terms are not computed, at 0
+    the global ones. num_matches, num_feature_matches: as in local_criterion(), from large views and
+    from small ones. A collective, once differentiable. Raises as vicreg_loss() does.
     """
     coefficients = (inv_coeff, var_coeff, cov_coeff)
     loss = 0.0
@@ -388,8 +390,7 @@ class VICRegL(nn.Module):
     """Backbone, projector for whole views, local projector for locations, linear classifier.
 
     backbone: images (B, 3, H0, W0) -> maps (B, N, D), representations (B, D), with D = .dim
-    widths, local_widths: of the projectors' layers, None where its criterion is not used;
-    norm: the projectors' normalization
+    widths, local_widths: of projectors, None where one is not used; norm: their normalization
     """
 
     def __init__(self, backbone, widths=(8192, 8192, 8192), local_widths=(512, 512, 512),
@@ -404,7 +405,9 @@ class VICRegL(nn.Module):
         """V views (B, 3, H0, W0), those of one size in a row -> embeddings V x (B, widths[-1]),
         local features V x (B, N, local_widths[-1]), each [] without its projector, and of the first
         view the representations (B, D), detached, and logits (B, classes) or None."""
-        embeddings, maps, representations = [], [], []
+        embeddings = []
+        maps = []
+        representations = []
         for _, group in itertools.groupby(views, key=lambda view: view.shape[2:]):
             group = list(group)  # v views of one size pass together
             features, y = self.backbone(torch.cat(group))  # (vB, N, D), (vB, D)
@@ -423,12 +426,10 @@ class VICRegL(nn.Module):
 # --- 4. Training ----------------------------------------------------------------------------------
 
 CONVNEXT = dict(size=224, views="multicrop", projector="8192-8192-8192", epochs=400,
-                weight_decay=0.05, warmup_epochs=10, drop_path=0.1)
+                final_lr=1.125e-6, weight_decay=0.05, warmup_epochs=10, drop_path=0.1)
 RECIPES = {  # chosen by --arch or its family, else by --data, else imagenet's; a flag overrides it
-    "convnext": CONVNEXT | dict(arch="convnext_small", batch_size=384, base_lr=0.00075,
-                                final_lr=1.125e-6),
-    "convnext_base": CONVNEXT | dict(arch="convnext_base", batch_size=576, base_lr=0.0005,
-                                     final_lr=1.125e-6),
+    "convnext": CONVNEXT | dict(arch="convnext_small", batch_size=384, base_lr=0.00075),
+    "convnext_base": CONVNEXT | dict(arch="convnext_base", batch_size=576, base_lr=0.0005),
     "imagenet": dict(arch="resnet50", size=224, projector="8192-8192-8192", epochs=100,
                      batch_size=512, base_lr=0.3, final_lr=0.0006, weight_decay=1e-6,
                      warmup_epochs=10),
@@ -473,8 +474,8 @@ def train(args):
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
     augment = common.Photometric(jitter=JITTER, blur_p=0.5, solarize_p=0.1)
-
-    for batch in run.batches(functools.partial(sample_views, kinds=kinds, size=args.size)):
+    sample = functools.partial(sample_views, kinds=kinds, size=args.size)
+    for batch in run.batches(sample):
         views = [augment(view) for view in batch.views]
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):

@@ -1,0 +1,137 @@
+"""Bags of patches. BagSSL, "Bag of Image Patch Embedding", Appendix C.4
+
+20-NN and linear accuracy on an image's representation: of the whole image, of its local aggregation
+(Appendix C.4), and the mean of the embeddings of 1, 4, 16, ... patches on a regular grid, before the
+projector and, where the checkpoint has it, after.
+
+    python -m evaluate bag --checkpoint runs/bagssl-cifar10 --bags 1 16
+
+Differences
+ 1. Patches are cut as training cuts them: squares of the share --patch-scale of the whole image's
+    area (at most all of the short side), resized to --size. The grid spans the central square.
+ 2. The linear accuracy is the best of --lr. It needs the features of all images in memory: 5 GB a
+    bag for a ResNet-50 with an 8192-wide projector on ImageNet-100, too much on ImageNet.
+ 3. The paper's main text is not at hand: the numbers of patches and the protocol are ours.
+"""
+import functools
+import math
+
+import torch
+from torch import nn
+
+import common
+import training
+import weights
+from evaluate.features import all_features, labelled, open_labelled, whole_view
+from evaluate.knn import nearest_of_all, vote
+from evaluate.linear import LRS, linear_on_kept
+
+NAME = "bags"
+
+
+def add_flags(flag):
+    flag("--bags", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="patches: squares")
+    flag("--patch-scale", type=float, help="a patch's share of the area; that of the run, or 0.2")
+    flag("--lr", type=float, nargs="+", default=LRS, help="all are trained at once")
+    flag("--epochs", type=int, help="of linear classifiers, by default 100")
+    flag("--batch-size", type=int, default=256, help="of linear classifiers")
+
+
+def prepare(args):
+    if any(math.isqrt(count) ** 2 != count for count in args.bags):
+        raise common.UserError(f"--bags {' '.join(map(str, args.bags))}: patches are a grid, so "
+                               "their numbers are squares")
+    if args.patch_scale is None:
+        scale = str(args.run.get("patch_scale", 0.2))
+        args.patch_scale = 0.2 if "-" in scale else float(scale)  # a run may have a range
+    return open_labelled(args)
+
+
+def load_projector(checkpoint, name="projector"):
+    """A projector in a run's last.pt or a release of VICReg or VICRegL, in eval mode; None where
+    there is none. Raises UserError for one that is built differently."""
+    import vicregl
+
+    state = {}
+    if checkpoint != "random":
+        state = weights.read_checkpoint(checkpoint).get("model", {})
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    inner = {key.removeprefix(f"{name}."): value for key, value in state.items()
+             if key.startswith(f"{name}.")}
+    if not inner:
+        return None
+    matrices = [value for value in inner.values() if value.ndim == 2]
+    norm = nn.LayerNorm
+    if any(key.endswith("running_mean") for key in inner):
+        norm = nn.BatchNorm1d
+    try:
+        outputs = [len(matrix) for matrix in matrices]
+        projector = vicregl.mlp(matrices[0].shape[1], *outputs, norm=norm)
+        projector.load_state_dict(inner)
+    except (IndexError, RuntimeError):
+        raise common.UserError(
+            f"{checkpoint}: its {name} is not of linear layers with normalization between them and "
+            "no bias in the last; evaluate the backbone alone: backbone.pt") from None
+    return projector.eval()
+
+
+def patch_views(image, size, scale, count):
+    """A grid of `count` square patches, each a share `scale` of the image's area."""
+    from bagssl import patch_grid
+
+    side = min(image.size)
+    patch = round(math.sqrt(scale * image.width * image.height))
+    patch = min(max(patch, 1), side)
+    top = (image.height - side) // 2
+    left = (image.width - side) // 2
+    boxes = patch_grid(side, patch, count)  # in the central square
+    return [((top + y, left + x, h, w), False, size) for y, x, h, w in boxes]
+
+
+def accuracies(y, labels, queries, targets, train, args):
+    """20-NN and the best linear accuracy in % on queries (m, D), from rows y (n, D)."""
+    rank, world = training.rank_and_world()
+    mine = zip(y[rank::world].split(4096), labels[rank::world].split(4096))
+    similarity, neighbors = nearest_of_all(queries, mine, 20)
+    predicted = vote(similarity, neighbors, len(train.classes))
+    found = 100 * (predicted == targets).double().mean().item()
+    linear = linear_on_kept(y, labels, queries, targets, len(train.classes), args)
+    return {"20-NN": found, "linear": max(row["top-1"] for row in linear)}
+
+
+def run(backbone, data, args):
+    """20-NN and linear accuracy in % on whole images, local aggregations and bags."""
+    from bagssl import bag_embedding, local_aggregation
+
+    train, val = data
+    projector = load_projector(args.checkpoint)
+    if projector:
+        projector = projector.to(args.device)
+
+    def read_whole(backbone, x):
+        maps, y = backbone(x)
+        return torch.cat([y, local_aggregation(maps)], 1)
+
+    def read_bag(backbone, x, count):
+        _, y = backbone(x)  # (B P, D)
+        if projector:
+            y = torch.cat([y, projector(y)], 1)
+        return bag_embedding(y.unflatten(0, (-1, count)))  # (B, P, D) -> (B, D)
+
+    def rows(first, second, **how):
+        """A row for the first backbone.dim columns of the features, and one for the others."""
+        y, labels = labelled(*all_features(backbone, train, args, **how))
+        queries, targets = all_features(backbone, val, args, **how)
+        for name, columns in ((first, slice(backbone.dim)), (second, slice(backbone.dim, None))):
+            if y[:, columns].shape[1]:
+                table[name] = accuracies(
+                    y[:, columns], labels, queries[:, columns], targets, train, args)
+
+    table = {}
+    rows("whole image", "local aggregation", read=read_whole, view=whole_view)
+    for count in args.bags:
+        view = functools.partial(patch_views, scale=args.patch_scale, count=count)
+        read = functools.partial(read_bag, count=count)
+        rows(f"bag of {count}", f"bag of {count}, after the projector", read=read, view=view,
+             batch_size=max(1, 256 // count))
+    return table

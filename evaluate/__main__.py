@@ -1,8 +1,7 @@
 """The papers' evaluation protocols, for a checkpoint of any method; on one CPU or under torchrun.
 
     python -m evaluate knn --checkpoint runs/vicreg-shapes --baseline
-    torchrun --nproc_per_node=8 -m evaluate linear --checkpoint resnet50.pth --arch resnet50 \
-        --data imagenet
+    torchrun --nproc_per_node=8 -m evaluate linear --checkpoint runs/vicreg-imagenet
     python -m evaluate PROTOCOL --help      # what it computes, and where it differs from the paper
 
 --checkpoint: a run folder, last.pt, backbone.pt, a state dict of torchvision or timm, a release of
@@ -39,7 +38,7 @@ def parse_args():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=form)
+    parser = Parser("python -m evaluate", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
     for name, protocol in PROTOCOLS.items():
         header = protocol.__doc__
@@ -53,7 +52,8 @@ def parse_args():
         flag("--size", type=int, help="side of images in pixels; by default that of the run")
         flag("--bf16", action=argparse.BooleanOptionalAction, help="by default as in the run")
         flag("--workers", type=int, default=min(12, cores), help="data loading processes")
-        protocol.add_flags(flag)
+        if hasattr(protocol, "add_flags"):
+            protocol.add_flags(flag)
     args = parser.parse_args()
     for name, values in vars(args).items():
         low, high = LOWEST.get(name, 1), HIGHEST.get(name, math.inf)
@@ -91,38 +91,34 @@ def print_table(title, rows):
 
 
 def evaluate(args):
-    """Runs the protocol -> {network, or network: row: {column: number}}."""
+    """-> the result's title, and its rows {network, or network: row: {column: number}}."""
     protocol = PROTOCOLS[args.protocol]
     backbone = load(args, getattr(protocol, "SIZE", None))
-    networks = {args.checkpoint: backbone}
-    if args.baseline:
-        networks["random initialisation"] = untrained(args, backbone)
     data = protocol.prepare(args)
+    networks = [(args.checkpoint, backbone, args)]
+    if args.baseline:
+        settings = argparse.Namespace(**vars(args) | {"checkpoint": "random"})
+        networks.append(("random initialisation", untrained(args, backbone), settings))
     table = {}
-    for network, backbone in networks.items():
-        settings = argparse.Namespace(**vars(args))
-        if network != args.checkpoint:
-            settings.checkpoint = "random"
+    for network, backbone, settings in networks:
         rows = protocol.run(backbone.to(args.device), data, settings)
         for name, row in rows.items():
             table[f"{network}: {name}" if name else network] = row
-    return table
+    return f"{protocol.NAME} on {args.data}, %", table
 
 
 def main():
     with training.one_line_errors():
         args = parse_args()
         args.device = training.set_up(seed=0)
-        rows = evaluate(args)
-        title = f"{PROTOCOLS[args.protocol].NAME} on {args.data}, %"
-        rank, _ = training.rank_and_world()
-        if rank:
+        title, rows = evaluate(args)
+        if training.rank_and_world()[0]:
             return
         if args.checkpoint != "random":
             path = Path(args.checkpoint)
             folder = path if path.is_dir() else path.parent
-            settings = {name: value for name, value in vars(args).items()
-                        if name not in ("device", "run", "workers")}
+            inner = ("device", "run", "workers")
+            settings = {name: value for name, value in vars(args).items() if name not in inner}
             result = dict(title=title, rows=rows, settings=settings)
             write_line(folder / f"{args.protocol}.jsonl", result)
         print_table(title, rows)

@@ -1,8 +1,8 @@
-"""Bags of patches. BagSSL, "Bag of Image Patch Embedding", Appendix C.4
+"""Bags of patches. "Bag of Image Patch Embedding" (BagSSL), Appendix C.4
 
-20-NN and linear accuracy on an image's representation: of the whole image, of its local aggregation
-(Appendix C.4), and the mean of the embeddings of 1, 4, 16, ... patches on a regular grid, before the
-projector and, where the checkpoint has it, after.
+20-NN and linear accuracy on the whole image's representation, on its local aggregation (C.4), and
+on bags: the mean of the embeddings of 1, 4, 16, ... patches on a regular grid, before the projector
+and, where the checkpoint has it, after.
 
     python -m evaluate bag --checkpoint runs/bagssl-cifar10 --bags 1 16
 
@@ -22,9 +22,9 @@ from torch import nn
 import common
 import training
 import weights
-from evaluate.features import all_features, labelled, open_labelled, whole_view
+from evaluate.features import all_features, labelled, open_labelled, percent, whole_view
 from evaluate.knn import nearest_of_all, vote
-from evaluate.linear import LRS, linear_on_kept
+from evaluate.linear import LRS, accuracies, fit_on_kept
 
 NAME = "bags"
 
@@ -33,7 +33,7 @@ def add_flags(flag):
     flag("--bags", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="patches: squares")
     flag("--patch-scale", type=float, help="a patch's share of the area; that of the run, or 0.2")
     flag("--lr", type=float, nargs="+", default=LRS, help="all are trained at once")
-    flag("--epochs", type=int, help="of linear classifiers, by default 100")
+    flag("--epochs", type=int, default=100, help="of linear classifiers")
     flag("--batch-size", type=int, default=256, help="of linear classifiers")
 
 
@@ -48,27 +48,31 @@ def prepare(args):
 
 
 def load_projector(checkpoint, name="projector"):
-    """A projector in a run's last.pt or a release of VICReg or VICRegL, in eval mode; None where
-    there is none. Raises UserError for one that is built differently."""
-    import vicregl
-
-    state = {}
-    if checkpoint != "random":
-        state = weights.read_checkpoint(checkpoint).get("model", {})
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    inner = {key.removeprefix(f"{name}."): value for key, value in state.items()
-             if key.startswith(f"{name}.")}
-    if not inner:
+    """The projector in a run's last.pt or in a release of VICReg or VICRegL, in eval mode; None
+    where there is none. Raises UserError for one that is built differently."""
+    if checkpoint == "random":
         return None
-    matrices = [value for value in inner.values() if value.ndim == 2]
+    state = {}
+    for key, value in weights.read_checkpoint(checkpoint).get("model", {}).items():
+        key = key.removeprefix("module.")
+        if key.startswith(f"{name}."):
+            state[key.removeprefix(f"{name}.")] = value
+    if not state:
+        return None
     norm = nn.LayerNorm
-    if any(key.endswith("running_mean") for key in inner):
+    if any(key.endswith("running_mean") for key in state):
         norm = nn.BatchNorm1d
+    layers = []
+    for matrix in state.values():
+        if matrix.ndim == 2:
+            outputs, inputs = matrix.shape
+            layers += [nn.Linear(inputs, outputs), norm(outputs), nn.ReLU()]
+    if layers:
+        layers[-3:] = [nn.Linear(inputs, outputs, bias=False)]
+    projector = nn.Sequential(*layers)
     try:
-        outputs = [len(matrix) for matrix in matrices]
-        projector = vicregl.mlp(matrices[0].shape[1], *outputs, norm=norm)
-        projector.load_state_dict(inner)
-    except (IndexError, RuntimeError):
+        projector.load_state_dict(state)
+    except RuntimeError:
         raise common.UserError(
             f"{checkpoint}: its {name} is not of linear layers with normalization between them and "
             "no bias in the last; evaluate the backbone alone: backbone.pt") from None
@@ -88,15 +92,14 @@ def patch_views(image, size, scale, count):
     return [((top + y, left + x, h, w), False, size) for y, x, h, w in boxes]
 
 
-def accuracies(y, labels, queries, targets, train, args):
+def knn_and_linear(y, labels, queries, targets, num_classes, args):
     """20-NN and the best linear accuracy in % on queries (m, D), from rows y (n, D)."""
     rank, world = training.rank_and_world()
     mine = zip(y[rank::world].split(4096), labels[rank::world].split(4096))
-    similarity, neighbors = nearest_of_all(queries, mine, 20)
-    predicted = vote(similarity, neighbors, len(train.classes))
-    found = 100 * (predicted == targets).double().mean().item()
-    linear = linear_on_kept(y, labels, queries, targets, len(train.classes), args)
-    return {"20-NN": found, "linear": max(row["top-1"] for row in linear)}
+    predicted = vote(*nearest_of_all(queries, mine, 20), num_classes)
+    heads = fit_on_kept(y, labels, num_classes, args)
+    linear = [row["top-1"] for row in accuracies(heads, queries, targets)]
+    return {"20-NN": percent(predicted == targets), "linear": max(linear)}
 
 
 def run(backbone, data, args):
@@ -118,20 +121,22 @@ def run(backbone, data, args):
             y = torch.cat([y, projector(y)], 1)
         return bag_embedding(y.unflatten(0, (-1, count)))  # (B, P, D) -> (B, D)
 
-    def rows(first, second, **how):
-        """A row for the first backbone.dim columns of the features, and one for the others."""
+    table = {}
+
+    def add_rows(first, second, **how):
+        """A row for the first backbone.dim columns of the features, one for the others, if any."""
         y, labels = labelled(*all_features(backbone, train, args, **how))
         queries, targets = all_features(backbone, val, args, **how)
-        for name, columns in ((first, slice(backbone.dim)), (second, slice(backbone.dim, None))):
-            if y[:, columns].shape[1]:
-                table[name] = accuracies(
-                    y[:, columns], labels, queries[:, columns], targets, train, args)
+        widths = [backbone.dim, y.shape[1] - backbone.dim]
+        for name, rows, q in zip([first, second], y.split(widths, 1), queries.split(widths, 1)):
+            if rows.shape[1]:
+                table[name] = knn_and_linear(rows, labels, q, targets, len(train.classes), args)
 
-    table = {}
-    rows("whole image", "local aggregation", read=read_whole, view=whole_view)
+    add_rows("whole image", "local aggregation", read=read_whole, view=whole_view)
     for count in args.bags:
+        name = f"bag of {count}"
         view = functools.partial(patch_views, scale=args.patch_scale, count=count)
         read = functools.partial(read_bag, count=count)
-        rows(f"bag of {count}", f"bag of {count}, after the projector", read=read, view=view,
-             batch_size=max(1, 256 // count))
+        add_rows(name, f"{name}, after the projector", read=read, view=view,
+                 batch_size=max(1, 256 // count))
     return table

@@ -1,8 +1,5 @@
-"""What protocols start from: a checkpoint's backbone, and representations of a data set.
-
-Under torchrun the processes share the images; concatenated() brings together what they computed.
-"""
-import functools
+"""What protocols start from: a checkpoint's backbone, and representations of a data set, whose
+images the processes share."""
 import math
 
 import torch
@@ -15,11 +12,10 @@ import weights
 # --- 1. Checkpoints -------------------------------------------------------------------------------
 
 def load(args, size=None):
-    """The backbone of args.checkpoint; `random`: an untrained one. Raises UserError.
+    """The backbone of args.checkpoint, a path or `random`. Raises UserError.
 
-    What is None of args.arch, .data, .size and .bf16 becomes that of the run that trained it, and
-    args.run that run's flags ({} where it is no run of this project). size: the default side of
-    images for data other than shapes, in place of the run's.
+    What is None of args.arch, .data, .size and .bf16 becomes that of the run that trained it;
+    args.run: that run's flags, or {}. size: in place of the run's, for other data than shapes.
     """
     args.run = {}
     if args.checkpoint != "random":
@@ -91,30 +87,30 @@ def concatenated(x, dim=0):
 
 def open_labelled(args):
     """The training and validation parts of --data, which must have labels. Raises UserError."""
-    train = common.open_data(args.data, "train", args.size)
-    val = common.open_data(args.data, "val", args.size)
+    train, val = [common.open_data(args.data, split, args.size) for split in ("train", "val")]
     if val is None or not val.classes or train.classes != val.classes:
         raise common.UserError(f"{args.protocol} needs labels: {args.data} must hold train/CLASS/ "
                                "and val/CLASS/ (or test/CLASS/) with the same classes")
     return train, val
 
 
-def central_square(image, side, size):
+def open_part(args):
+    """The validation part of --data, or the training part where there is no other."""
+    val = common.open_data(args.data, "val", args.size)
+    return val or common.open_data(args.data, "train", args.size)
+
+
+def whole_view(image, size, share=1.0):
+    """The central square, `share` of the short side."""
+    side = round(share * min(image.size))
     top = (image.height - side) // 2
     left = (image.width - side) // 2
     return [((top, left, side, side), False, size)]
 
 
 def center_view(image, size):
-    """The central square: 7/8 of the short side, as is usual on ImageNet; all of it for images
-    under 100 pixels."""
-    share = 1 if size < 100 else 7 / 8
-    return central_square(image, round(share * min(image.size)), size)
-
-
-def whole_view(image, size):
-    """The central square of all of the short side."""
-    return central_square(image, min(image.size), size)
+    """The same of 7/8 of the short side, as is usual; of all of it for under 100 pixels."""
+    return whole_view(image, size, 1.0 if size < 100 else 7 / 8)
 
 
 def to_input(x, device):
@@ -137,31 +133,33 @@ def load_batches(dataset, args, **how):
 
 
 class Stacked(common.Views):
-    """Views of one size as one tensor (V, 3, size, size): a worker hands over few of them."""
+    """Item index -> a sample with its views in one tensor: a worker can hand over few of them."""
 
-    def __getitem__(self, key):
-        sample = super().__getitem__(key)
+    def __getitem__(self, index):
+        sample = super().__getitem__((0, index))
         return sample._replace(views=torch.stack(sample.views))
 
 
-def read_batches(data, sample, chunks, args):
-    """Yields, for each list of indices in `chunks`, those of images that can be read (b,) and their
-    Batch on the device, with views (b, V, 3, size, size). sample: as in common.Views."""
-    views = Stacked(data, sample, seed=0)
-    keys = [[(0, index) for index in chunk] for chunk in chunks]
-    for chunk, batch in zip(chunks, load_batches(views, args, batch_sampler=keys)):
+def read_batches(data, view, args, batch_size):
+    """Yields the indices (b,) and a Batch of this process's images on the device, the views as one
+    tensor (b, V, 3, size, size). view(image, size) -> V views. Broken images are left out."""
+    rank, world = training.rank_and_world()
+    batch_size = min(batch_size, max(1, len(data) // world))  # something for every process
+    chunks = torch.arange(len(data)).split(batch_size)[rank::world]
+    views = Stacked(data, lambda image: view(image, args.size), seed=0)
+    keys = [chunk.tolist() for chunk in chunks]
+    for index, batch in zip(chunks, load_batches(views, args, batch_sampler=keys)):
         whole = ~batch.broken  # another image has taken the place of a broken one
         if batch.broken.any():
             training.warn(f"{int(batch.broken.sum())} such image(s) have no part in the result")
-        index = torch.tensor(chunk)[whole].to(args.device)
-        yield index, common.Batch(*[t[whole].to(args.device) for t in batch])
+        parts = [part[whole].to(args.device) for part in batch]
+        yield index[whole].to(args.device), common.Batch(*parts)
 
 
 # --- 4. Representations ---------------------------------------------------------------------------
 
 def pooled(backbone, x):
-    _, y = backbone(x)
-    return y
+    return backbone(x)[1]
 
 
 @torch.no_grad()
@@ -171,11 +169,7 @@ def features(backbone, data, args, read=pooled, view=center_view, batch_size=256
     view(image, size) -> V views; read(backbone, their inputs (b V, 3, size, size)) -> (b, D).
     """
     backbone.eval()
-    rank, world = training.rank_and_world()
-    mine = list(range(rank, len(data), world))
-    chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    view = functools.partial(view, size=args.size)
-    for index, batch in read_batches(data, view, chunks, args):
+    for index, batch in read_batches(data, view, args, batch_size):
         x = to_input(batch.views.flatten(0, 1), args.device)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             y = read(backbone, x)
@@ -193,3 +187,7 @@ def all_features(backbone, data, args, **how):
 def labelled(y, labels):
     """Without the images that have no label, as in STL-10."""
     return y[labels >= 0], labels[labels >= 0]
+
+
+def percent(right):
+    return 100 * right.double().mean().item()

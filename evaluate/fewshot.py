@@ -7,25 +7,16 @@ fixed as the backbone gives them, classifies other images of these classes.
 
 Differences
  1. Unsaid in the paper: 15 queries a class; features of length one and scikit-learn's default
-    penalty, as Tian et al. (arXiv:2003.11539) have it. The images are those of the validation part
-    if there is one. "95% +-" is half the width of the mean's 95% interval.
+    penalty, as Tian et al. (arXiv:2003.11539) have it.
 """
 import torch
 import torch.nn.functional as F
 
 import common
-from evaluate.features import all_features
+from evaluate.features import all_features, open_part
 
 NAME = "few-shot"
-
-
-def add_flags(flag):
-    pass
-
-
-def prepare(args):
-    val = common.open_data(args.data, "val", args.size)
-    return val or common.open_data(args.data, "train", args.size)
+prepare = open_part
 
 
 def logistic_regression(x, y, queries, steps=500):
@@ -47,12 +38,13 @@ def logistic_regression(x, y, queries, steps=500):
     return queries @ w + bias
 
 
-def draw_episode(members, ways, images, generator):
-    """Rows (ways, images) of random images of `ways` random classes, from each class's rows."""
+def draw_episode(members, ways, count, generator):
+    """Rows (ways, count) of `count` images of each of `ways` classes, from each class's rows."""
     rows = []
-    for c in torch.randperm(len(members), generator=generator)[:ways].tolist():
-        chosen = torch.randperm(len(members[c]), generator=generator)[:images]
-        rows.append(members[c][chosen])
+    classes = torch.randperm(len(members), generator=generator)[:ways]
+    for c in classes.tolist():
+        order = torch.randperm(len(members[c]), generator=generator)
+        rows.append(members[c][order[:count]])
     return torch.stack(rows)
 
 
@@ -60,26 +52,30 @@ def run(backbone, data, args, ways=5, shots=5, queries=15, episodes=600):
     """Mean accuracy in % over episodes."""
     y, labels = all_features(backbone, data, args)
     y = F.normalize(y, dim=1)
-    labels = labels.cpu()
-    members = [(labels == c).nonzero().flatten() for c in range(len(data.classes))]
-    members = [rows for rows in members if len(rows) >= shots + queries]
+    count = shots + queries
+    members = []
+    for c in range(len(data.classes)):
+        rows = (labels == c).nonzero().flatten()
+        if len(rows) >= count:
+            members.append(rows.cpu())
     if len(members) < ways:
-        raise common.UserError(f"few-shot episodes need {ways} classes of {shots + queries} images "
-                               f"or more: {args.data} has {len(members)}")
+        raise common.UserError(f"few-shot episodes need {ways} classes of {count} images or more: "
+                               f"{args.data} has {len(members)}")
 
     generator = torch.Generator().manual_seed(0)
-    drawn = [draw_episode(members, ways, shots + queries, generator) for _ in range(episodes)]
-    drawn = torch.stack(drawn).to(args.device)  # (episodes, ways, shots + queries)
     truth = torch.arange(ways, device=args.device)
     support_classes = F.one_hot(truth.repeat_interleave(shots)).to(y.dtype)
     query_classes = truth.repeat_interleave(queries)
-
+    drawn = [draw_episode(members, ways, count, generator) for _ in range(episodes)]
+    drawn = torch.stack(drawn).to(args.device)  # (episodes, ways, count)
     accuracy = []
     for rows in drawn.split(100):
-        support = y[rows[:, :, :shots].flatten(1)]  # (E, ways * shots, D)
-        query = y[rows[:, :, shots:].flatten(1)]
+        support, query = rows.split([shots, queries], 2)  # (E, ways, shots), (E, ways, queries)
+        support = y[support.flatten(1)]  # (E, ways * shots, D)
+        query = y[query.flatten(1)]
         logits = logistic_regression(support, support_classes, query)
-        accuracy.append((logits.argmax(2) == query_classes).double().mean(1))
-    accuracy = 100 * torch.cat(accuracy)
+        right = logits.argmax(2) == query_classes
+        accuracy.append(100 * right.double().mean(1))
+    accuracy = torch.cat(accuracy)
     half_width = 1.96 * accuracy.std().item() / episodes**0.5
     return {"": {"accuracy": accuracy.mean().item(), "95% +-": half_width}}

@@ -1,4 +1,4 @@
-"""Training heads on a backbone, frozen or not: all learning rates of a sweep in one pass."""
+"""Training heads on a backbone, all learning rates of a sweep in one pass; tables; mIoU."""
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,9 +11,7 @@ from evaluate.features import summed
 
 class Heads(nn.Module):
     """One head for each learning rate; the backbone computes once for all of them.
-
-    read(backbone, images) -> the features that the heads see, in float32.
-    """
+    read(backbone, images) -> the features that the heads see."""
 
     def __init__(self, backbone, read, heads, finetune=False, bf16=False):
         super().__init__()
@@ -30,11 +28,8 @@ class Heads(nn.Module):
 
 
 def cross_entropy(logits, target):
-    """The mean over all processes' samples or pixels; void ones (-1) have no part in it.
-
-    Logits (B, C) for targets (B,), or maps of logits (B, C, H, W), which are upsampled, for masks
-    (B, H0, W0).
-    """
+    """The mean over all processes' samples or pixels but void ones (-1). Logits (B, C) for targets
+    (B,), or maps of logits (B, C, H, W), which are upsampled, for masks (B, H0, W0)."""
     if logits.ndim == 4:
         logits = F.interpolate(logits, target.shape[1:], mode="bilinear")  # (B, C, H0, W0)
     _, world = training.rank_and_world()
@@ -45,10 +40,7 @@ def cross_entropy(logits, target):
 
 def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
     """Trains each head of a Heads at its own rate, the backbone at backbone_lr (None: frozen).
-
-    batches: `total` pairs of input and target; schedule(progress from 0 to 1) -> the factor of all
-    learning rates.
-    """
+    batches: `total` pairs of input and target; schedule(progress, 0 to 1) -> all rates' factor."""
     model, ddp = training.distribute(model, device)
     rank, world = training.rank_and_world()
     groups = [dict(params=list(head.parameters())) for head in model.heads]
@@ -93,3 +85,21 @@ def sweep_table(lrs, rows):
         first = next(iter(rows[0]))
         table["best"] = max(rows, key=lambda row: row[first])
     return table
+
+
+def confusion(predicted, mask, num_classes):
+    """Counts of pixels (true class, predicted class); void (-1) in the mask is left out."""
+    pairs = (mask * num_classes + predicted)[mask >= 0]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def mean_iou(counts):
+    """Intersection over union in %, the mean over the classes that occur in the masks; counts: the
+    confusion of all images."""
+    counts = counts.double()
+    intersection = counts.diag()
+    union = counts.sum(0) + counts.sum(1) - intersection
+    present = counts.sum(1) > 0
+    if not present.any():
+        raise common.UserError("the validation masks hold nothing but void")
+    return 100 * (intersection / union)[present].mean().item()

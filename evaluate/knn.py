@@ -11,17 +11,10 @@ Differences
 import torch
 import torch.nn.functional as F
 
-from evaluate.features import all_features, concatenated, features, labelled, open_labelled
+from evaluate.features import all_features, concatenated, features, labelled, open_labelled, percent
 
 NAME = "k-NN"
-
-
-def add_flags(flag):
-    pass
-
-
-def prepare(args):
-    return open_labelled(args)
+prepare = open_labelled
 
 
 def nearest_rows(queries, chunks, k, tile=8192):
@@ -46,17 +39,17 @@ def nearest_rows(queries, chunks, k, tile=8192):
     return best, best_labels
 
 
-def merged(chunks, rows=4096):
-    """The same rows and labels in chunks of `rows` or more: topk is faster on long rows."""
-    held, count = [], 0
-    for chunk in chunks:
-        held.append(chunk)
-        count += len(chunk[1])
-        if count >= rows:
-            yield [torch.cat(parts) for parts in zip(*held)]
-            held, count = [], 0
-    if held:
-        yield [torch.cat(parts) for parts in zip(*held)]
+def merged(chunks, least=4096):
+    """The same rows and labels in chunks of `least` rows or more: topk is faster on long rows."""
+    rows, labels = [], []
+    for r, l in chunks:
+        rows.append(r)
+        labels.append(l)
+        if sum(map(len, labels)) >= least:
+            yield torch.cat(rows), torch.cat(labels)
+            rows, labels = [], []
+    if rows:
+        yield torch.cat(rows), torch.cat(labels)
 
 
 def nearest_of_all(queries, chunks, k):
@@ -91,5 +84,5 @@ def run(backbone, data, args, ks=(20, 200), temperature=0.07):
     for k in ks:
         for name, t in ((f"{k}-NN", None), (f"{k}-NN weighted", temperature)):
             predicted = vote(similarity[:, :k], labels[:, :k], len(train.classes), t)
-            row[name] = 100 * (predicted == targets).double().mean().item()
+            row[name] = percent(predicted == targets)
     return {"": row}

@@ -1,10 +1,4 @@
-"""Images with masks of classes, and how well predicted masks agree with them.
-
-Masks come with `shapes`, `voc` (torchvision's, its 1,464 training images), a folder of train/images,
-train/masks, val/images and val/masks, or ADE20K's own layout, images/{training,validation} and
-annotations/. They are 8-bit PNGs of class ids, 255 = void; a folder has as many classes as its
-training masks name. ADE20K's 0 is void, so its ids are shifted by -1.
-"""
+"""Images with masks, which are 8-bit PNGs of class ids."""
 import concurrent.futures
 import os
 from pathlib import Path
@@ -29,18 +23,15 @@ class MaskedShapes(shapes.Shapes):
 
 
 class Masked:
-    """Images and their masks in files; `shift` is subtracted from class ids, modulo 256.
-
-    All files are read once, before anything is computed. Raises UserError, naming the file, where
-    one is wrong or an id is beyond num_classes (None: as many as there are).
-    """
+    """Images and masks in files, from whose class ids `shift` is subtracted, modulo 256. All are
+    read once, before anything is computed. Raises UserError, naming the file that is wrong."""
 
     def __init__(self, images, masks, num_classes=None, shift=0):
         self.images = images
         self.masks = common.Images(masks)
         self.shift = shift
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            largest = list(pool.map(self.largest_id, range(len(self))))
+            largest = list(pool.map(self.largest_id, range(len(images))))
         self.num_classes = num_classes or max(largest) + 1
         if max(largest) >= self.num_classes:
             worst = self.masks.name(np.argmax(largest))
@@ -51,45 +42,38 @@ class Masked:
         return len(self.images)
 
     def largest_id(self, index):
-        """The largest class id of a mask but void."""
-        _, mask = self.pair(index)
-        ids = np.asarray(mask)
+        ids = np.asarray(self.pair(index)[1])
         return int(ids.max(initial=0, where=ids != VOID))
 
     def pair(self, index):
         """The RGB image and its mask, both PIL."""
-        name = self.masks.name(index)
-        if not os.path.isfile(name):
-            raise common.UserError(f"{self.images.name(index)} has no mask: looked for {name}")
+        name, path = self.images.name(index), self.masks.name(index)
+        if not os.path.isfile(path):
+            raise common.UserError(f"{name} has no mask: looked for {path}")
         try:
             image = self.images.load(index)
-            with Image.open(name, formats=["PNG"]) as mask:
+            with Image.open(path, formats=["PNG"]) as mask:
                 mode = mask.mode
                 ids = np.array(mask)
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
-            raise common.UserError(f"cannot read {self.images.name(index)} or its mask {name} "
-                                   f"({error})") from error
+            raise common.UserError(f"cannot read {name} or its mask {path} ({error})") from error
         if mode not in ("L", "P"):
-            raise common.UserError(f"{name} is no 8-bit image of class ids: its mode is {mode}")
+            raise common.UserError(f"{path} is no 8-bit image of class ids: its mode is {mode}")
         if ids.shape != (image.height, image.width):
-            raise common.UserError(f"{name} has {ids.shape[1]} x {ids.shape[0]} pixels, its image "
+            raise common.UserError(f"{path} has {ids.shape[1]} x {ids.shape[0]} pixels, its image "
                                    f"{image.width} x {image.height}")
         return image, Image.fromarray(ids - np.uint8(self.shift))
 
 
-def open_voc(split):
-    images = common.open_data("voc", split)
-    names = [images.name(i).replace("JPEGImages", "SegmentationClass") for i in range(len(images))]
-    return Masked(images, [Path(name).with_suffix(".png") for name in names], 21)
-
-
-def open_folder(folder, masks, num_classes, shift):
-    images = common.find_images(folder)
+def with_masks(folder, masks, num_classes=None, shift=0, images=None):
+    """Images in a folder (None: all in it) with the masks of the same names in another folder."""
+    if images is None:
+        images = common.find_images(folder)
     if not len(images):
         raise common.UserError(f"no images in {folder}: give shapes, voc, ADE20K's folder, or one "
                                "with train/images, train/masks, val/images and val/masks")
-    names = [Path(images.name(i)).relative_to(folder) for i in range(len(images))]
-    return Masked(images, [masks / name.with_suffix(".png") for name in names], num_classes, shift)
+    names = [images.name(i).replace(str(folder), str(masks), 1) for i in range(len(images))]
+    return Masked(images, [Path(name).with_suffix(".png") for name in names], num_classes, shift)
 
 
 def open_masks(args):
@@ -97,16 +81,16 @@ def open_masks(args):
     if args.data == "shapes":
         return [MaskedShapes(split, 3 * args.size // 2) for split in ("train", "val")]
     if args.data == "voc":
-        return [open_voc(split) for split in ("train", "val")]
+        parts = [common.open_data("voc", split) for split in ("train", "val")]
+        return [with_masks("JPEGImages", "SegmentationClass", 21, images=part) for part in parts]
     root = Path(args.data)
     if not root.is_dir():
         root = Path(os.environ.get("DATA", "data")) / args.data
-    if (root / "annotations").is_dir():  # ADE20K's own layout
-        return [open_folder(root / "images" / split, root / "annotations" / split, 150, shift=1)
+    if (root / "annotations").is_dir():  # ADE20K's own layout; its class 0 is void
+        return [with_masks(root / "images" / split, root / "annotations" / split, 150, shift=1)
                 for split in ("training", "validation")]
-    train = open_folder(root / "train" / "images", root / "train" / "masks", None, shift=0)
-    val = root / "val"
-    return [train, open_folder(val / "images", val / "masks", train.num_classes, shift=0)]
+    train = with_masks(root / "train" / "images", root / "train" / "masks")
+    return [train, with_masks(root / "val" / "images", root / "val" / "masks", train.num_classes)]
 
 
 def targets(mask):
@@ -115,11 +99,29 @@ def targets(mask):
     return mask.masked_fill(mask == VOID, -1)
 
 
-class Whole(torch.utils.data.Dataset):
-    """Item index -> an image (3, h, w), uint8, h and w multiples of `stride`, and its mask (H0, W0).
+class Crops(torch.utils.data.Dataset):
+    """Item (epoch, index) -> a random square of an image (3, size, size) and of its mask."""
 
-    The short side is scaled to `size`; None: images keep their own size, rounded down.
-    """
+    def __init__(self, data, size):
+        self.data = data
+        self.size = size
+
+    def __getitem__(self, key):
+        rng = np.random.default_rng(key)
+        image, mask = self.data.pair(key[1])
+        side = round(min(image.size) / rng.uniform(1, 2))
+        left = int(rng.integers(image.width - side + 1))
+        top = int(rng.integers(image.height - side + 1))
+        flip = rng.random() < 0.5
+        box = (left, top, left + side, top + side)
+        mask = targets(mask.resize((self.size, self.size), Image.NEAREST, box=box))
+        pixels = common.cut(image, (top, left, side, side), flip, self.size)
+        return pixels, mask.flip(1) if flip else mask
+
+
+class Whole(torch.utils.data.Dataset):
+    """Item index -> an image (3, h, w), uint8, its sides multiples of `stride`, and its mask
+    (H0, W0). The short side is scaled to `size`; None: images keep their size, rounded down."""
 
     def __init__(self, data, size, stride):
         self.data = data

@@ -7,8 +7,8 @@ and, where the checkpoint has it, after.
     python -m evaluate bag --checkpoint runs/bagssl-cifar10 --bags 1 16
 
 Differences
- 1. Patches are cut as training cuts them: squares of the share --patch-scale of the whole image's
-    area (at most all of the short side), resized to --size. The grid spans the central square.
+ 1. Patches are cut as in training: squares of the share --patch-scale of the whole image's
+    area (at most all of the short side), resized to --size.
  2. The linear accuracy is the best of --lr. It needs the features of all images in memory: 5 GB a
     bag for a ResNet-50 with an 8192-wide projector on ImageNet-100, too much on ImageNet.
  3. The paper's main text is not at hand: the numbers of patches and the protocol are ours.
@@ -19,6 +19,7 @@ import math
 import torch
 from torch import nn
 
+import bagssl
 import common
 import training
 import weights
@@ -42,8 +43,9 @@ def prepare(args):
         raise common.UserError(f"--bags {' '.join(map(str, args.bags))}: patches are a grid, so "
                                "their numbers are squares")
     if args.patch_scale is None:
-        scale = str(args.run.get("patch_scale", 0.2))
-        args.patch_scale = 0.2 if "-" in scale else float(scale)  # a run may have a range
+        scale = args.run.get("patch_scale", "0.2")
+        low, high = bagssl.parse_scale(scale) if isinstance(scale, str) else scale
+        args.patch_scale = low if low == high else 0.2  # a run may have a range
     return open_labelled(args)
 
 
@@ -79,19 +81,6 @@ def load_projector(checkpoint, name="projector"):
     return projector.eval()
 
 
-def patch_views(image, size, scale, count):
-    """A grid of `count` square patches, each a share `scale` of the image's area."""
-    from bagssl import patch_grid
-
-    side = min(image.size)
-    patch = round(math.sqrt(scale * image.width * image.height))
-    patch = min(max(patch, 1), side)
-    top = (image.height - side) // 2
-    left = (image.width - side) // 2
-    boxes = patch_grid(side, patch, count)  # in the central square
-    return [((top + y, left + x, h, w), False, size) for y, x, h, w in boxes]
-
-
 def knn_and_linear(y, labels, queries, targets, num_classes, args):
     """20-NN and the best linear accuracy in % on queries (m, D), from rows y (n, D)."""
     rank, world = training.rank_and_world()
@@ -104,8 +93,6 @@ def knn_and_linear(y, labels, queries, targets, num_classes, args):
 
 def run(backbone, data, args):
     """20-NN and linear accuracy in % on whole images, local aggregations and bags."""
-    from bagssl import bag_embedding, local_aggregation
-
     train, val = data
     projector = load_projector(args.checkpoint)
     if projector:
@@ -113,13 +100,13 @@ def run(backbone, data, args):
 
     def read_whole(backbone, x):
         maps, y = backbone(x)
-        return torch.cat([y, local_aggregation(maps)], 1)
+        return torch.cat([y, bagssl.local_aggregation(maps)], 1)
 
     def read_bag(backbone, x, count):
         _, y = backbone(x)  # (B P, D)
         if projector:
             y = torch.cat([y, projector(y)], 1)
-        return bag_embedding(y.unflatten(0, (-1, count)))  # (B, P, D) -> (B, D)
+        return bagssl.bag_embedding(y.unflatten(0, (-1, count)))  # (B, P, D) -> (B, D)
 
     table = {}
 
@@ -135,7 +122,7 @@ def run(backbone, data, args):
     add_rows("whole image", "local aggregation", read=read_whole, view=whole_view)
     for count in args.bags:
         name = f"bag of {count}"
-        view = functools.partial(patch_views, scale=args.patch_scale, count=count)
+        view = functools.partial(bagssl.patch_grid, scale=args.patch_scale, count=count)
         read = functools.partial(read_bag, count=count)
         add_rows(name, f"{name}, after the projector", read=read, view=view,
                  batch_size=max(1, 256 // count))

@@ -146,7 +146,7 @@ def read_batches(data, view, args, batch_size):
     rank, world = training.rank_and_world()
     batch_size = min(batch_size, max(1, len(data) // world))  # something for every process
     chunks = torch.arange(len(data)).split(batch_size)[rank::world]
-    views = Stacked(data, lambda image: view(image, args.size), seed=0)
+    views = Stacked(data, lambda image: view(image, size=args.size), seed=0)
     keys = [chunk.tolist() for chunk in chunks]
     for index, batch in zip(chunks, load_batches(views, args, batch_sampler=keys)):
         whole = ~batch.broken  # another image has taken the place of a broken one

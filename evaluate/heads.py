@@ -69,13 +69,15 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
     model.eval()
 
 
-def shuffled(n, total, args):
-    """This process's share of batches 0..total, as lists of (epoch, row of n)."""
+def shuffled(indices, total, args):
+    """Yields this process's part of `total` batches of `indices`, as lists of (epoch, index)."""
     rank, world = training.rank_and_world()
+    n = len(indices)
     if args.batch_size % world or args.batch_size > n:
         raise common.UserError(f"--batch-size {args.batch_size} must be a multiple of the {world} "
                                f"processes and at most the {n} training images of {args.data}")
-    return common.Batches(n, args.batch_size, 0, total, 0, rank, world)
+    for batch in common.Batches(n, args.batch_size, 0, total, 0, rank, world):
+        yield [(epoch, indices[row]) for epoch, row in batch]
 
 
 def sweep_table(lrs, rows):

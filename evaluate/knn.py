@@ -41,15 +41,14 @@ def nearest_rows(queries, chunks, k, tile=8192):
 
 def merged(chunks, least=4096):
     """The same rows and labels in chunks of `least` rows or more: topk is faster on long rows."""
-    rows, labels = [], []
-    for r, l in chunks:
-        rows.append(r)
-        labels.append(l)
-        if sum(map(len, labels)) >= least:
-            yield torch.cat(rows), torch.cat(labels)
-            rows, labels = [], []
-    if rows:
-        yield torch.cat(rows), torch.cat(labels)
+    held = []
+    for chunk in chunks:
+        held.append(chunk)
+        if sum(len(labels) for _, labels in held) >= least:
+            yield [torch.cat(parts) for parts in zip(*held)]
+            held = []
+    if held:
+        yield [torch.cat(parts) for parts in zip(*held)]
 
 
 def nearest_of_all(queries, chunks, k):

@@ -1,9 +1,8 @@
 r"""A linear classifier. VICReg, Appendix B.3, Table 1; VICRegL, Appendix D.1
 
-On frozen representations: SGD, batch 256, 100 epochs, cosine decay, weight decay 1e-6, random
-crops of 0.2 to 1 of the area and flips; a classifier for each learning rate, in one pass. VICReg
-has 0.02, VICRegL the best of the others. Semi-supervised: with 1% or 10% of the labels, and the
-backbone trained too (VICReg B.3).
+SGD, 100 epochs, cosine decay, random crops of 0.2 to 1 of the area and flips, on a frozen backbone;
+a classifier for each learning rate, in one pass: VICReg has 0.02, VICRegL the best of the others.
+Or semi-supervised: with 1% or 10% of the labels, and the backbone is trained too (VICReg B.3).
 
     python -m evaluate linear --checkpoint runs/vicreg-shapes --no-augment             # quick
     torchrun --nproc_per_node=8 -m evaluate linear --checkpoint resnet50.pth --arch resnet50 \
@@ -11,11 +10,8 @@ backbone trained too (VICReg B.3).
 
 Differences
  1. The 1% and 10% are drawn here, the same share of each class; the paper uses SimCLR's lists.
- 2. Unsaid in the papers: SGD's momentum, 0.9. Rates are for a batch of 256, and scale with it.
- 3. `--no-augment` computes the representations of the central squares once, and keeps them.
- 4. On the CPU, `--finetune` takes BatchNorm's statistics over each process's own images.
+ 2. Unsaid: momentum 0.9. On the CPU, BatchNorm that is trained has each process's statistics.
 """
-import argparse
 import functools
 
 import numpy as np
@@ -35,11 +31,10 @@ FINETUNE = {0.01: (0.03, 0.08), 0.1: (0.01, 0.1)}  # labels: rates of the backbo
 
 
 def add_flags(flag):
-    yes_or_no = argparse.BooleanOptionalAction
     flag("--lr", type=float, nargs="+", default=LRS, help="of a batch of 256")
     flag("--epochs", type=int, help="by default 100, with --finetune 20")
     flag("--batch-size", type=int, default=256, help="of all processes together")
-    flag("--augment", action=yes_or_no, default=True, help="random crops and flips")
+    flag("--no-augment", action="store_false", dest="augment", help="central squares, kept")
     flag("--finetune", action="store_true", help="the backbone is trained too")
     flag("--labels", type=float, choices=FINETUNE, help="with --finetune: share of the labels")
 
@@ -56,7 +51,8 @@ def prepare(args):
 
 def train_view(image, size):
     box = RandomResizedCrop.get_params(image, (0.2, 1.0), ratio=(3 / 4, 4 / 3))
-    return [(box, torch.rand(()).item() < 0.5, size)]
+    flip = torch.rand(()).item() < 0.5
+    return [(box, flip, size)]
 
 
 def few_labels(data, share):
@@ -66,9 +62,8 @@ def few_labels(data, share):
     chosen = []
     for c in range(len(data.classes)):
         members = rng.permutation(np.flatnonzero(labels == c))
-        count = max(1, round(share * len(members)))
-        chosen.append(members[:count])
-    return np.concatenate(chosen)
+        chosen.append(members[: max(1, round(share * len(members)))])
+    return np.concatenate(chosen).tolist()
 
 
 def classifiers(width, num_classes, count):
@@ -95,24 +90,28 @@ def fit_classifiers(model, batches, total, args, backbone_lr=None, decay=1e-6):
 def fit_on_kept(y, labels, num_classes, args):
     """Classifiers of representations y (n, D), one for each of args.lr."""
     total = args.epochs * (len(y) // args.batch_size)
-    rows = ([row for _, row in batch] for batch in shuffled(len(y), total, args))
-    batches = ((y[i], labels[i]) for i in rows)
+
+    def batches():
+        for batch in shuffled(range(len(y)), total, args):
+            rows = [row for _, row in batch]
+            yield y[rows], labels[rows]
+
     heads = classifiers(y.shape[1], num_classes, len(args.lr))
     model = Heads(nn.Identity(), lambda _, y: y, heads)
-    return fit_classifiers(model, batches, total, args)
+    return fit_classifiers(model, batches(), total, args)
 
 
 def fit_on_images(backbone, train, args):
     """The same on augmented images; with args.finetune the backbone is trained too."""
-    chosen = np.flatnonzero([train.label(i) >= 0 for i in range(len(train))])
+    chosen = [i for i in range(len(train)) if train.label(i) >= 0]
     if args.finetune:
         chosen = few_labels(train, args.labels)
     total = args.epochs * (len(chosen) // args.batch_size)
-    order = shuffled(len(chosen), total, args)
-    keys = ([(epoch, int(chosen[row])) for epoch, row in batch] for batch in order)
     views = common.Views(train, lambda image: train_view(image, args.size), seed=0)
-    loaded = features.load_batches(views, args, batch_sampler=keys)
-    batches = ((to_input(b.views[0], args.device), b.labels.to(args.device)) for b in loaded)
+    order = shuffled(chosen, total, args)
+    loaded = features.load_batches(views, args, batch_sampler=order)
+    device = args.device
+    batches = ((to_input(b.views[0], device), b.labels.to(device)) for b in loaded)
     heads = classifiers(backbone.dim, len(train.classes), len(args.lr))
     model = Heads(backbone, features.pooled, heads, args.finetune, args.bf16)
     if args.finetune:
@@ -125,10 +124,11 @@ def accuracies(heads, y, targets):
     """Top-1 and top-5 accuracy in % of each classifier on representations y (m, D)."""
     rows = []
     for head in heads:
-        logits = head(y)
-        best = logits.topk(min(5, logits.shape[1])).indices  # (m, 5)
-        right = best == targets[:, None]
-        rows.append({"top-1": percent(right[:, 0]), "top-5": percent(right.any(1))})
+        logits = head(y)  # (m, C)
+        right = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (m, 5)
+        top_1 = percent(right[:, 0])
+        top_5 = percent(right.any(1))
+        rows.append({"top-1": top_1, "top-5": top_5})
     return rows
 
 

@@ -88,7 +88,7 @@ def train_heads(backbone, read, train, lrs, optimizer, args):
     build = fcn if args.head == "fcn" else functools.partial(nn.Conv2d, kernel_size=1)
     heads = [build(width, train.num_classes) for _ in lrs]
     model = Heads(copy.deepcopy(backbone), read, heads, args.finetune, args.bf16)
-    order = shuffled(len(train), args.steps, args)
+    order = shuffled(range(len(train)), args.steps, args)
     crops = load_batches(Crops(train, args.size), args, batch_sampler=order)
     batches = ((to_input(x, args.device), mask.to(args.device)) for x, mask in crops)
     backbone_lr = lrs[0] if args.finetune else None

@@ -16,19 +16,9 @@ import bagssl
 import common
 import shapes
 import training
-from evaluate import (
-    __main__ as command,
-    bag,
-    correspond,
-    features,
-    fewshot,
-    heads,
-    knn,
-    linear,
-    masks,
-    retrieve,
-    segment,
-)
+from evaluate import __main__ as command
+from evaluate import bag, correspond, features, fewshot, heads, knn, linear, masks, retrieve
+from evaluate import segment as segmentation
 
 CPU = torch.device("cpu")
 ARGS = dict(
@@ -380,14 +370,23 @@ def test_a_projector_of_another_build(tmp_path, monkeypatch, capsys, extra):
 
 
 def test_patches_have_a_share_of_the_whole_image():
-    image = Image.new("RGB", (500, 375))
-    views = bag.patch_views(image, 224, scale=0.2, count=4)
-    boxes = [box for box, _, _ in views]
-    assert boxes == [(y, 62 + x, 194, 194) for y in (0, 181) for x in (0, 181)]
+    seen = []
+
+    class Spy(Means):
+        def forward(self, x):
+            seen.append(x)
+            return x.flatten(2).mT, x.mean((2, 3))
+
+    y, x = np.mgrid[:375, :500]
+    pixels = np.stack([y // 2, x // 2, 0 * x], 2).astype(np.uint8)
+    data = common.Images(np.stack(20 * [pixels]), np.arange(20) % 2, ["a", "b"])
+    args = settings(checkpoint="random", bags=[1], patch_scale=0.2, size=16, lr=[1], epochs=1)
+    bag.run(Spy(), (data, data), args)
+    for x, (height, width) in ((seen[0], (375, 375)), (seen[-1], (194, 194))):
+        x = 255 * x * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        rise = x[0, 0, -1, 0] - x[0, 0, 0, 0], x[0, 1, 0, -1] - x[0, 1, 0, 0]  # of 15 of 16 pixels
+        assert [16 / 15 * 2 * r.item() for r in rise] == pytest.approx([height, width], rel=0.03)
     assert 194**2 / (500 * 375) == pytest.approx(0.2, rel=0.01)  # as training takes them
-    assert bag.patch_views(image, 224, scale=1, count=1) == [((0, 62, 375, 375), False, 224)]
-    cifar = bag.patch_views(Image.new("RGB", (32, 32)), 32, scale=0.2, count=1)
-    assert cifar == [((9, 9, 14, 14), False, 32)]  # the paper's 14 x 14
 
 
 def test_bag_of_a_run(tmp_path, classes, monkeypatch):
@@ -516,7 +515,7 @@ def test_oracle_and_random_features(bands):
         args = settings(lr=[10, 0.5], steps=steps)
         for row in retrieve.run(backbone, data, args, k=5).values():
             assert low <= row["pixel mIoU"] <= high and low <= row["patch mIoU"] <= high
-        found = segment.run(backbone, data, args)
+        found = segmentation.run(backbone, data, args)
         assert set(found) == {"lr 10", "lr 0.5", "best"} and low <= found["best"]["mIoU"] <= high
 
 
@@ -686,7 +685,7 @@ def _protocols(rank, world, classes, bands):
         "knn": knn.run(Means(), data, small, ks=(1, 5)),
         "linear": linear.run(Means(), data, small),
         "cached": linear.run(Means(), data, settings(size=16, augment=False, lr=[10])),
-        "segment": segment.run(Conv(), pairs, settings()),
+        "segment": segmentation.run(Conv(), pairs, settings()),
         "retrieve": retrieve.run(Conv(), pairs, settings(), k=3),
         "correspond": correspond.run(Conv(), pairs[1].images, settings(), batch_size=2),
         "bag": bag.run(Conv(), data, settings(checkpoint="random", bags=[1, 4], patch_scale=0.25,
@@ -740,7 +739,7 @@ def test_finetuning_and_heads(tmp_path, bands):
                         ("resnet18", dict())):
         backbone = common.build_backbone(arch)
         before = [p.clone() for p in backbone.parameters()]
-        found = segment.run(backbone, data, settings(**{"steps": 2, "lr": [0.1], **flags}))
+        found = segmentation.run(backbone, data, settings(**{"steps": 2, "lr": [0.1], **flags}))
         assert all(0 <= row["mIoU"] <= 100 for row in found.values())
         assert ("lr 0.0008" in found) == (arch == "tiny_vit")
         # each rate starts from the same
@@ -766,11 +765,11 @@ def test_stages(monkeypatch):
         assert len(stages) == 4 and torch.equal(stages[-1].flatten(2).mT, maps), arch
     resnet = common.build_backbone("resnet18").eval()
     before = resnet.stages(x)[-1]
-    segment.dilate(resnet)
+    segmentation.dilate(resnet)
     after = resnet.stages(x)[-1]
     assert after.shape == (1, 512, 4, 6) and resnet.stride == 16
     torch.testing.assert_close(after[..., ::2, ::2], before)  # the same function, at more places
-    assert segment.local_features(resnet, x, 4).shape == (1, 64 + 128 + 256 + 512, 16, 24)
+    assert segmentation.local_features(resnet, x, 4).shape == (1, 64 + 128 + 256 + 512, 16, 24)
 
 
 # --- masks ----------------------------------------------------------------------------------------

@@ -119,17 +119,18 @@ def to_input(x, device):
 
 
 def load_batches(dataset, args, **how):
-    """Yields what a DataLoader does. Raises UserError where a worker dies."""
-    context = "fork" if args.workers else None  # they share the data
+    """Yields what a DataLoader does. Raises UserError where a worker dies or hangs."""
+    if args.workers:
+        how["timeout"] = training.TIMEOUT.total_seconds()
+        how["multiprocessing_context"] = "fork"  # they share the data
     try:
         yield from torch.utils.data.DataLoader(
-            dataset, num_workers=args.workers, multiprocessing_context=context,
-            worker_init_fn=training.ignore_signals, **how)
+            dataset, num_workers=args.workers, worker_init_fn=training.ignore_signals, **how)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader" not in str(error):
             raise
-        raise common.UserError(f"a data worker died ({error}): more memory, docker's --shm-size, "
-                               "`ulimit -n` or fewer --workers may help") from error
+        cure = "more memory, docker's --shm-size, `ulimit -n` or fewer --workers may help"
+        raise common.UserError(f"a data worker died or hung ({error}): {cure}") from error
 
 
 class Stacked(common.Views):

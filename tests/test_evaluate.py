@@ -396,7 +396,7 @@ def test_bag_of_a_run(tmp_path, classes, monkeypatch):
     flags = dict(arch="tiny_convnet", size=16, patch_scale="0.25", data=str(classes), bf16=False)
     torch.save({"model": model.state_dict(), "args": flags}, tmp_path / "last.pt")
     run_command(monkeypatch, f"bag --checkpoint {tmp_path} --bags 1 4 --workers 0 --batch-size 9 "
-                "--baseline")
+                "--baseline --epochs 2 --lr 1")
     result, = results(tmp_path, "bag")
     found = result["rows"]
     assert result["settings"]["patch_scale"] == 0.25
@@ -677,6 +677,17 @@ def test_too_few_images_for_episodes(classes):
 
 # --- processes ------------------------------------------------------------------------------------
 
+def concatenated(rank, world):
+    """Three rows and their columns from unequal parts, one of them empty."""
+    x = torch.arange(6.0).view(3, 2)
+    rows = []
+    for sizes in ([3] + [0] * (world - 1), [1] * (world - 1) + [4 - world]):
+        own = x.split(sizes)[rank]
+        columns = features.concatenated(own.T, dim=1)
+        rows += [features.concatenated(own).tolist(), columns.T.tolist()]
+    return rows
+
+
 def _protocols(rank, world, classes, bands):
     data = open_parts(classes)
     pairs = open_bands(bands)
@@ -691,6 +702,7 @@ def _protocols(rank, world, classes, bands):
         "bag": bag.run(Conv(), data, settings(checkpoint="random", bags=[1, 4], patch_scale=0.25,
                                               size=16, lr=[10])),
         "fewshot": fewshot.run(Means(), data[0], small, ways=3, shots=2, queries=3, episodes=120),
+        "concatenated": concatenated(rank, world),
     }
 
 
@@ -705,21 +717,10 @@ def test_two_processes_find_the_same_as_one(tmp_path, classes, bands):
         for name in ("linear", "cached", "segment", "correspond"):
             for row in one[name]:
                 assert two[name][row] == pytest.approx(one[name][row], abs=0.2), (name, row)
-        for name in ("knn", "retrieve", "fewshot"):
+        for name in ("knn", "retrieve", "fewshot", "concatenated"):
             assert two[name] == one[name]
         for row in one["bag"]:
             assert two["bag"][row]["20-NN"] == one["bag"][row]["20-NN"]
-
-
-def _concatenated(rank, world):
-    x = torch.arange(6.0).view(3, 2)
-    own = [x[:0], x[:1], x[1:]][rank]
-    return features.concatenated(own), features.concatenated(own.T, dim=1)
-
-
-def test_concatenated(tmp_path):
-    for rows, columns in on_processes(3, tmp_path / "group", _concatenated):
-        assert torch.equal(rows, torch.arange(6.0).view(3, 2)) and torch.equal(columns, rows.T)
 
 
 # --- training the backbone, and its stages --------------------------------------------------------

@@ -20,7 +20,7 @@ import torchvision
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.convnext import CNBlock, CNBlockConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
@@ -69,14 +69,21 @@ class ResNet(torchvision.models.ResNet):
 
 
 class ConvNeXt(torchvision.models.ConvNeXt):
-    """torchvision's ConvNeXt without its classifier; its last LayerNorm serves maps and mean."""
+    """torchvision's ConvNeXt without its classifier, and without LayerScale, as VICRegL has it: its
+    `pooled` is the mean of the normalized map. With LayerScale it is torchvision's network."""
 
-    def __init__(self, widths, depths, drop_path):
+    def __init__(self, widths, depths, drop_path, layer_scale):
         stages = [CNBlockConfig(*c) for c in zip(widths, (*widths[1:], None), depths)]
         super().__init__(stages, stochastic_depth_prob=drop_path)
         self.classifier[2] = nn.Identity()
         self.dim = widths[-1]
         self.stride = 32
+        self.layer_scale = layer_scale
+        if not layer_scale:
+            for block in self.modules():
+                if isinstance(block, CNBlock):
+                    del block.layer_scale  # a parameter, which torchvision multiplies with
+                    block.layer_scale = 1.0
 
     def stages(self, x):
         *maps, x = outputs(self.features, x)[1::2]  # stem, stage, downsampling, stage, ...
@@ -84,9 +91,10 @@ class ConvNeXt(torchvision.models.ConvNeXt):
 
     def forward(self, x):
         x = self.features(x)  # (B, D, H, W)
-        maps, _ = flat(self.classifier[0](x))
-        pooled = self.classifier[0](x.mean((2, 3), keepdim=True))
-        return maps, pooled.flatten(1)
+        maps, pooled = flat(self.classifier[0](x))
+        if self.layer_scale:
+            pooled = self.classifier[0](x.mean((2, 3), keepdim=True)).flatten(1)
+        return maps, pooled
 
 
 class Block(nn.Module):
@@ -193,12 +201,12 @@ for patch in (16, 8):
 ARCHITECTURES = ["tiny_convnet", *RESNETS, *CONVNEXTS, *VITS]
 
 
-def build_backbone(arch, size=224, drop_path=0.0):
+def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
     """A freshly initialized backbone for images of `size` pixels. Raises UserError."""
     if arch in RESNETS:
         backbone = ResNet(*RESNETS[arch], size)
     elif arch in CONVNEXTS:
-        backbone = ConvNeXt(*CONVNEXTS[arch], drop_path)
+        backbone = ConvNeXt(*CONVNEXTS[arch], drop_path, layer_scale)
     elif arch in VITS:
         backbone = ViT(*VITS[arch], size, drop_path)
     elif arch == "tiny_convnet":

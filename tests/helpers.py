@@ -205,32 +205,39 @@ class Pool:
 POOL = Pool()
 
 
-def on_processes(world, folder, function, *args):
-    """[function(rank, world, *args) for each rank], run by 1 to 3 gloo processes of the pool.
+def on_processes(world, *call):
+    """on_processes(world, function, *args) -> [function(rank, world, *args) for each rank].
 
-    The function is a module's own; `folder` is not used any more.
+    1 to 3 gloo processes of the pool run the function, which is a module's own. (A folder before
+    the function is not used any more.)
     """
-    return POOL.call(world, function, *args)
+    if not callable(call[0]):
+        call = call[1:]
+    return POOL.call(world, *call)
 
 
 def run_in_pool(rank, world, method, args, prepare=None):
-    """For on_processes: `torchrun METHOD.py ARGS` -> exit code, what it said on stdout and stderr.
+    """For on_processes: `torchrun METHOD.py ARGS` -> its exit code, or its error, and its words.
 
-    prepare: a function of a module, called before and undone by calling what it returns.
+    prepare: a function and its arguments, called before the run; what it returns undoes it.
     """
     undo = prepare[0](*prepare[1:]) if prepare else None
-    out, err = io.StringIO(), io.StringIO()
-    training.Run.finish = lambda self, *protocols: None
+    ended = []
+    training.Run.finish = lambda self, *protocols: ended.append(self)
     training.one_line_errors = contextlib.nullcontext  # it would end the process
+    said = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
             code = run(method, *args)
     except training.UserError as error:
         code = f"UserError: {error}"
     finally:
         if undo:
             undo()
-    return code, out.getvalue(), err.getvalue()
+    parameters = {}
+    for finished in ended:
+        parameters = {key: p.detach() for key, p in finished.model.named_parameters()}
+    return dict(code=code, out=said[0].getvalue(), err=said[1].getvalue(), parameters=parameters)
 
 
 # --- commands in processes of their own -----------------------------------------------------------

@@ -66,16 +66,16 @@ BAD = [  # flags; what the one line says
     ("--data nowhere", "no data set 'nowhere'.*looked for.*--data shapes"),
     ("--data EMPTY", r"no images in .*\.jpg"),
     ("--data FILE", "no data set"),
-    ("--batch-size 1", "--batch-size 1: it must be 2 or more"),
+    ("--batch-size 1", "--batch-size 1: .*2 or more"),
     ("--batch-size 64", "--batch-size 64 is larger than the 44 images"),
     ("--arch resnet19", "no architecture 'resnet19'.*resnet18"),
     ("--size 7", "--size 7 is below 8, one stride"),
-    ("--size 0", "--size 0: it must be 1 or more"),
-    ("--epochs 0", "--epochs 0: it must be 1 or more"),
+    ("--size 0", "--size 0: it must be at least 1 "),
+    ("--epochs 0", "--epochs 0: it must be at least 1 "),
     ("--epochs 1.5", "--epochs.*1.5"),
-    ("--base-lr -1", "--base-lr -1.0: it must be 0 or more"),
+    ("--base-lr -1", "--base-lr -1.0: it must be at least 0 "),
     ("--base-lr nan", "--base-lr nan"),
-    ("--base-lr much", "--base-lr.*much"),
+    ("--base-lr much", "--base-lr.*much.*--help"),
     ("--final-lr -1", "--final-lr -1"),
     ("--weight-decay -1", "--weight-decay -1"),
     ("--warmup-epochs -1", "--warmup-epochs -1"),
@@ -87,7 +87,7 @@ BAD = [  # flags; what the one line says
     ("--projector wide", "--projector.*wide"),
     ("--no-such-flag", "no-such-flag.*--help"),
     ("--out FILE", "cannot write in .*--out"),
-    *((["--name", name], "--name .* is no name of a folder in --out")
+    *((["--name", name], "--name .*: it is a folder in --out")
       for name in ("../x", "/tmp/x", "a/b", "", ".", "..", "a\nb", "\udcff", "x/")),
 ]
 
@@ -309,8 +309,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, flags, undist
     assert run(*command) == 0
     said = capsys.readouterr()
     assert f"resumed at step {STEPS - 1}" in said.out
-    assert said.err.count("warning: ") == (damage != "missing")
-    assert damage == "missing" or "previous.pt" in said.err
+    assert said.err.count("warning: cannot read") == (damage != "missing")
     assert_same(undisturbed("vicreg"), folder)
 
 
@@ -319,7 +318,7 @@ def test_no_whole_checkpoint_is_an_error(flags, undisturbed, tmp_path, monkeypat
     before = contents(tmp_path / "cut")
     args = (*flags("vicreg"), "--out", tmp_path, "--name", "cut")
     said = helpers.user_error(vicreg.main, monkeypatch, capsys, *args)
-    assert "last.pt cannot be read" in said and "previous.pt" in said and "--name" in said
+    assert "no whole checkpoint in" in said and "another --name" in said
     assert contents(tmp_path / "cut") == before
 
 
@@ -336,7 +335,7 @@ def test_a_planted_pickle_does_not_run(zipped, flags, tmp_path, monkeypatch, cap
     torch.save({"model": Planted()}, planted, _use_new_zipfile_serialization=zipped)
     args = (*flags("vicreg"), "--out", tmp_path, "--name", "cut")
     said = helpers.user_error(vicreg.main, monkeypatch, capsys, *args)
-    assert "cannot be read" in said and not (tmp_path / "ran").exists()
+    assert "no whole checkpoint in" in said and not (tmp_path / "ran").exists()
     torch.load(planted, weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have run
 

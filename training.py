@@ -116,11 +116,11 @@ def distribute(model, device):
     model = model.to(device, memory_format=torch.channels_last)
     if not dist.is_initialized():
         return model, model
-    if device.type == "cpu":  # BatchNorm's statistics stay those of each process
-        return model, nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ddp = nn.parallel.DistributedDataParallel(model, [device.index], gradient_as_bucket_view=True)
-    return model, ddp
+    devices = None
+    if device.type == "cuda":  # on the CPU, BatchNorm's statistics stay those of each process
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        devices = [device.index]
+    return model, nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
 # --- 3. Command line ------------------------------------------------------------------------------
@@ -163,9 +163,8 @@ def parse_args(parser, recipes, limits):
     flag("--log-every", type=int, default=50, help="steps between log lines")
     known, _ = parser.parse_known_args()
     data = Path(known.data).name
-    arch = known.arch or ""
-    keys = (arch, arch.split("_")[0], data, "imagenet")
-    recipe = next(recipes[key] for key in keys if key in recipes)
+    family = (known.arch or "").split("_")[0]
+    recipe = next(recipes[key] for key in (known.arch, family, data, "imagenet") if key in recipes)
     parser.set_defaults(**recipe, name=f"{Path(sys.argv[0]).stem}-{data}")
 
     args = parser.parse_args()
@@ -231,8 +230,8 @@ def launch(train, parser, recipes, **limits):
 # --- 4. A run -------------------------------------------------------------------------------------
 
 def write(path, save, previous=None):
-    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens; the
-    old ones keep the name `previous`. Raises UserError, with nothing lost, where it cannot."""
+    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens. The
+    old ones keep the name `previous`. Raises UserError where it cannot write, with nothing lost."""
     part = path.with_suffix(".part")
     try:
         part.unlink(missing_ok=True)
@@ -301,17 +300,17 @@ class Run:
         """Makes the folder this run's alone. The kernel drops the lock when the process dies."""
         name = self.args.name
         if name in ("", ".", "..") or "/" in name or not name.isprintable():
-            raise UserError(f"--name {name!r}: it is a folder in --out, without slashes and the like")
+            raise UserError(f"--name {name!r}: it must be the name of a folder, without slashes")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise UserError(f"cannot write in {self.folder} ({error}): try another --out") from error
+            raise UserError(f"cannot write in {self.folder} ({error}); try another --out") from None
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"another run is at work in {self.folder}: wait for its end, or give "
-                            "another --name") from error
+            cure = "wait for its end, or give another --name"
+            raise UserError(f"another run is at work in {self.folder}: {cure}") from error
         except OSError as error:
             warn(f"cannot lock {self.folder} ({error}): start no second run in it")
 
@@ -358,12 +357,10 @@ class Run:
 
     def describe(self):
         """Prints the settings in force."""
-        rows = dict(sorted(vars(self.args).items()))
-        rows["peak lr"] = f"{self.peak_lr:g}"
-        rows["images"] = f"{len(self.data)}, {self.per_epoch} steps an epoch, {self.total} in all"
-        rows["processes"] = f"{self.world} on {self.device.type}"
-        for name, module in (("backbone", self.model.backbone), ("whole", self.model)):
-            rows[f"{name} model"] = f"{sum(p.numel() for p in module.parameters()):,} parameters"
+        rows = dict(sorted(vars(self.args).items())) | {
+            "peak lr": self.peak_lr, "images": len(self.data), "steps an epoch": self.per_epoch,
+            "steps": self.total, "processes": f"{self.world} on {self.device.type}",
+            "parameters": f"{sum(p.numel() for p in self.model.parameters()):,}"}
         for key, value in rows.items():
             print(f"  {key.replace('_', '-'):16} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
@@ -446,30 +443,24 @@ class Run:
         if not math.isfinite(terms["loss"]):
             self.diverged(terms)
 
+        if self.rank == 0:
+            self.write_line(step, terms, int(broken))
+        self.reset_clock()
+
+    def write_line(self, step, terms, broken):
         seconds = time.monotonic() - self.clock
         rate = (step - self.clock_step) / seconds
-        line = dict(step=step, epoch=step / self.per_epoch, **terms, broken=int(broken),
-                    eta_s=round((self.total - step) / rate), data_wait=self.waited / seconds,
-                    images_per_s=rate * self.args.batch_size,
+        line = dict(step=step, epoch=step / self.per_epoch, **terms, broken=broken,
+                    images_per_s=rate * self.args.batch_size, wait=self.waited / seconds,
+                    minutes_left=(self.total - step) / rate / 60,
                     memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        self.reset_clock()
-        if self.rank == 0:
-            self.write_line(line, terms)
-
-    def write_line(self, line, terms):
         try:
             self.log_file.write(json.dumps(line) + "\n")
             self.log_file.flush()
         except OSError as error:  # the line stays in the buffer, to go out with a later one
             warn(f"cannot write to {self.folder / 'log.jsonl'} ({error})")
-        shown = {name: f"{value:.4g}" for name, value in terms.items()}
-        shown["images/s"] = f"{line['images_per_s']:.0f}"
-        shown["wait"] = f"{line['data_wait']:.0%}"
-        shown["left"] = datetime.timedelta(seconds=line["eta_s"])
-        if line["broken"]:
-            shown["broken"] = line["broken"]
-        shown = [f"{name} {value}" for name, value in shown.items()]
-        print(f"epoch {line['epoch']:.2f}", *shown, sep="  ", flush=True)
+        shown = [f"{name} {value:.4g}" for name, value in line.items() if value]
+        print(*shown, sep="  ", flush=True)
 
     def end_step(self):
         """Counts the step. Saves where it is time to, and on a signal, which then ends the run."""

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, the CPU, no evaluation after a run; and shared fixtures."""
+"""What holds for every test: one thread, the CPU, no evaluation after a run. Shared fixtures."""
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests' tensors are small, several processes share cores

@@ -35,7 +35,7 @@ EXTRA = {
               "--temp-warmup-epochs", 2),
     "bagssl": ("--projector", "32-16", "--loss", "tcr"),
 }
-CLOCK = ("images_per_s", "data_wait", "memory_gb", "eta_s")
+CLOCK = ("images_per_s", "wait", "minutes_left", "memory_gb")
 
 
 def make_images(folder, count, size=(48, 40), classes=2, seed=0):

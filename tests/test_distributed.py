@@ -163,7 +163,7 @@ CASES = dict(vicreg=vicreg_case, vicregl=vicregl_case, lc_loss=lc_loss_case, cri
 def test_processes_equal_one(method, world):
     alone = CASES[method](0, 1)
     shares = on_processes(world, CASES[method])
-    for loss, parts, grads in alone:
+    for loss, _, grads in alone:
         assert math.isfinite(loss) and any(grad.any() for grad in grads)
     for i, (loss, parts, grads) in enumerate(alone):
         theirs = [results[i] for results in shares]
@@ -268,7 +268,7 @@ def test_variants_run_on_two_processes(method, more, flags, tmp_path):
     assert [line["step"] for line in log] == list(range(1, 11))
     assert all(math.isfinite(value) for line in log for value in line.values())
     parameters = first["parameters"]
-    assert parameters and all(torch.equal(p, second["parameters"][k]) for k, p in parameters.items())
+    assert parameters and helpers.equal(parameters, second["parameters"])
     if method == "cribo" and "--no-cycle" in more:
         assert log[-1]["bootstrap"] == 1 and log[-1]["cross_image"] > 0
         assert checkpoint(tmp_path / "two")["model"]["bank.objects"].dtype == torch.bfloat16
@@ -408,8 +408,7 @@ def _collectives(rank, world, method, args):
 
     def batches(self, sample):
         steps = normal(self, sample)
-        for batch in itertools.islice(steps, 3):
-            yield batch
+        yield from itertools.islice(steps, 3)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             yield next(steps)
         counted.extend(event.name for event in profiler.events() if "c10d::" in event.name)

@@ -4,7 +4,6 @@ Most are slow. test_training.py has what can be tested without processes.
 """
 import functools
 import io
-import math
 import os
 import random
 import resource
@@ -12,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +19,6 @@ import pytest
 import torch
 from helpers import (
     METHODS,
-    STEPS,
     Command,
     assert_same,
     below,
@@ -29,9 +26,9 @@ from helpers import (
     kill_tree,
     launcher,
     lines,
+    on_processes,
     pair,
     run_in_pool,
-    on_processes,
     wait_for,
 )
 from PIL import Image

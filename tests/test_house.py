@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tokenize
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +39,8 @@ def tree(name):
 def docstring_lines(module):
     found = set()
     for node in ast.walk(module):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+        may_have_one = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+        if may_have_one and ast.get_docstring(node):
             text = node.body[0]
             found.update(range(text.lineno, text.end_lineno + 1))
     return found

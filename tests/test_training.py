@@ -87,7 +87,7 @@ BAD = [  # flags; what the one line says
     ("--projector wide", "--projector.*wide"),
     ("--no-such-flag", "no-such-flag.*--help"),
     ("--out FILE", "cannot write in .*--out"),
-    *((["--name", name], "--name .*: it is a folder in --out")
+    *((["--name", name], "--name .*: it must be the name of a folder")
       for name in ("../x", "/tmp/x", "a/b", "", ".", "..", "a\nb", "\udcff", "x/")),
 ]
 

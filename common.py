@@ -220,7 +220,11 @@ def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
 
 # --- 2. Data sets ---------------------------------------------------------------------------------
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PostScript would run a program
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+MAX_PIXELS = 50e6  # of an image, 150 MB in memory
 
 
 class Images:
@@ -253,12 +257,15 @@ class Images:
         path = self.name(index)
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
             raise OSError("no regular file")
-        with Image.open(path) as image:
-            if not 0 < image.width * image.height <= Image.MAX_IMAGE_PIXELS:
-                raise OSError(f"{image.width} x {image.height} pixels")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # Pillow's conversion would clip 16 bits at 255
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        with Image.open(path, formats=FORMATS) as image:
+            if not 0 < image.width * image.height <= MAX_PIXELS:
+                raise OSError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:g} in all")
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in "IF":  # integers of 16 bits, or floats up to 1: to bytes
+                pixels = np.asarray(image, np.float32)
+                highest = pixels.max()
+                scale = 255 if highest <= 1 else 1 if highest <= 255 else 1 / 257
+                image = Image.fromarray((scale * pixels).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
 
 
@@ -274,8 +281,9 @@ def find_images(root):
             inner.clear()
             continue
         seen.add(os.path.realpath(folder))
-        inner.sort()
-        names = [name for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES]
+        inner[:] = sorted(name for name in inner if name[0] != ".")  # .ipynb_checkpoints
+        names = [name for name in sorted(files) if name[0] != "."]  # ._x.jpg
+        names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
         paths += [os.path.relpath(os.path.join(folder, name), root) for name in names]
     parents = [os.path.dirname(path) for path in paths]
     classes = sorted(set(parents))

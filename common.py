@@ -20,7 +20,7 @@ import torchvision
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.convnext import CNBlock, CNBlockConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
@@ -69,14 +69,21 @@ class ResNet(torchvision.models.ResNet):
 
 
 class ConvNeXt(torchvision.models.ConvNeXt):
-    """torchvision's ConvNeXt without its classifier; its last LayerNorm serves maps and mean."""
+    """torchvision's ConvNeXt without its classifier, and without LayerScale, as VICRegL has it: its
+    `pooled` is the mean of the normalized map. With LayerScale it is torchvision's network."""
 
-    def __init__(self, widths, depths, drop_path):
+    def __init__(self, widths, depths, drop_path, layer_scale):
         stages = [CNBlockConfig(*c) for c in zip(widths, (*widths[1:], None), depths)]
         super().__init__(stages, stochastic_depth_prob=drop_path)
         self.classifier[2] = nn.Identity()
         self.dim = widths[-1]
         self.stride = 32
+        self.layer_scale = layer_scale
+        if not layer_scale:
+            for block in self.modules():
+                if isinstance(block, CNBlock):
+                    del block.layer_scale  # a parameter, which torchvision multiplies with
+                    block.layer_scale = 1.0
 
     def stages(self, x):
         *maps, x = outputs(self.features, x)[1::2]  # stem, stage, downsampling, stage, ...
@@ -84,9 +91,10 @@ class ConvNeXt(torchvision.models.ConvNeXt):
 
     def forward(self, x):
         x = self.features(x)  # (B, D, H, W)
-        maps, _ = flat(self.classifier[0](x))
-        pooled = self.classifier[0](x.mean((2, 3), keepdim=True))
-        return maps, pooled.flatten(1)
+        maps, pooled = flat(self.classifier[0](x))
+        if self.layer_scale:
+            pooled = self.classifier[0](x.mean((2, 3), keepdim=True)).flatten(1)
+        return maps, pooled
 
 
 class Block(nn.Module):
@@ -193,12 +201,12 @@ for patch in (16, 8):
 ARCHITECTURES = ["tiny_convnet", *RESNETS, *CONVNEXTS, *VITS]
 
 
-def build_backbone(arch, size=224, drop_path=0.0):
+def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
     """A freshly initialized backbone for images of `size` pixels. Raises UserError."""
     if arch in RESNETS:
         backbone = ResNet(*RESNETS[arch], size)
     elif arch in CONVNEXTS:
-        backbone = ConvNeXt(*CONVNEXTS[arch], drop_path)
+        backbone = ConvNeXt(*CONVNEXTS[arch], drop_path, layer_scale)
     elif arch in VITS:
         backbone = ViT(*VITS[arch], size, drop_path)
     elif arch == "tiny_convnet":
@@ -212,7 +220,11 @@ def build_backbone(arch, size=224, drop_path=0.0):
 
 # --- 2. Data sets ---------------------------------------------------------------------------------
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PostScript would run a program
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+MAX_PIXELS = 50e6  # of an image, 150 MB in memory
 
 
 class Images:
@@ -245,12 +257,15 @@ class Images:
         path = self.name(index)
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
             raise OSError("no regular file")
-        with Image.open(path) as image:
-            if not 0 < image.width * image.height <= Image.MAX_IMAGE_PIXELS:
-                raise OSError(f"{image.width} x {image.height} pixels")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # Pillow's conversion would clip 16 bits at 255
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        with Image.open(path, formats=FORMATS) as image:
+            if not 0 < image.width * image.height <= MAX_PIXELS:
+                raise OSError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:g} in all")
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in "IF":  # integers of 16 bits, or floats up to 1: to bytes
+                pixels = np.asarray(image, np.float32)
+                highest = pixels.max()
+                scale = 255 if highest <= 1 else 1 if highest <= 255 else 1 / 257
+                image = Image.fromarray((scale * pixels).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
 
 
@@ -266,30 +281,40 @@ def find_images(root):
             inner.clear()
             continue
         seen.add(os.path.realpath(folder))
-        inner.sort()
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in SUFFIXES:
-                paths.append(os.path.relpath(os.path.join(folder, name), root))
+        inner[:] = sorted(name for name in inner if name[0] != ".")  # .ipynb_checkpoints
+        names = [name for name in sorted(files) if name[0] != "."]  # ._x.jpg
+        names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+        paths += [os.path.relpath(os.path.join(folder, name), root) for name in names]
     parents = [os.path.dirname(path) for path in paths]
     classes = sorted(set(parents))
-    if len(classes) < 2 or any(not c or os.sep in c for c in classes):
+    if len(classes) < 2 or any(c == "" or os.sep in c for c in classes):
         return Images(paths, root=root)
     number = {c: i for i, c in enumerate(classes)}
-    labels = np.array([number[parent] for parent in parents])
-    return Images(paths, labels, classes, root)
+    return Images(paths, np.array([number[parent] for parent in parents]), classes, root)
 
 
 def open_downloaded(name, split, root):
-    """One of torchvision's data sets, downloaded to `root` where it is not there yet."""
+    """One of torchvision's data sets, downloaded to `root` if it is not there. Raises UserError."""
     sets = torchvision.datasets
     train = split == "train"
-    if name == "stl10":
-        data = sets.STL10(root, "train+unlabeled" if train else "test", download=True)
-        return Images(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
-    if name == "voc":
-        return Images(sets.VOCSegmentation(root, image_set=split, download=True).images)
-    data = getattr(sets, name.upper())(root, train, download=True)
-    return Images(data.data, np.array(data.targets), data.classes)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not first:
+        dist.barrier()  # the first process of each machine downloads
+    try:
+        if name == "stl10":
+            data = sets.STL10(root, "train+unlabeled" if train else "test", download=True)
+            images = Images(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
+        elif name == "voc":
+            images = Images(sets.VOCSegmentation(root, image_set=split, download=True).images)
+        else:
+            data = getattr(sets, name.upper())(root, train, download=True)
+            images = Images(data.data, np.array(data.targets), data.classes)
+    except (OSError, RuntimeError) as error:
+        cure = "put torchvision's files there, or set $DATA"
+        raise UserError(f"cannot get {name} in {root} ({error}): {cure}") from error
+    if dist.is_initialized() and first:
+        dist.barrier()
+    return images
 
 
 def open_data(name, split="train", size=64):
@@ -305,31 +330,20 @@ def open_data(name, split="train", size=64):
 
         return Shapes(split, 3 * size // 2)
     if name in ("cifar10", "cifar100", "stl10", "voc"):
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if dist.is_initialized() and not first:
-            dist.barrier()  # the first process of each machine downloads
-        try:
-            return open_downloaded(name, split, root)
-        except (OSError, RuntimeError) as error:
-            cure = "put torchvision's files there, or set $DATA"
-            raise UserError(f"cannot get {name} in {root} ({error}): {cure}") from error
-        finally:
-            if dist.is_initialized() and first:
-                dist.barrier()
-
-    folder = Path(name) if Path(name).is_dir() else Path(root) / name
-    if not folder.is_dir():
-        places = f"{Path(name).absolute()} and {folder.absolute()}"
-        cure = "set $DATA or give a folder, or try --data shapes, which needs none"
-        raise UserError(f"no data set '{name}': looked for the folders {places}; {cure}")
-    parts = {"train": ["train", "."], "val": ["val", "test"]}[split]
-    part = next((folder / p for p in parts if (folder / p).is_dir()), None)
+        return open_downloaded(name, split, root)
+    places = [Path(name), Path(root, name)]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        looked = " and ".join(str(place.absolute()) for place in places)
+        raise UserError(f"no data set '{name}': looked for the folders {looked}; set $DATA, give a "
+                        "folder, or try --data shapes, which needs none")
+    names = ("train", ".") if split == "train" else ("val", "test")
+    part = next((folder / name for name in names if (folder / name).is_dir()), None)
     if part is None:
         return None
     images = find_images(part / "images" if (part / "masks").is_dir() else part)
     if not len(images):
-        suffixes = " ".join(sorted(SUFFIXES))
-        raise UserError(f"no images in {part}: it needs files ending in {suffixes}")
+        raise UserError(f"no images in {part}: their names end in {' '.join(sorted(SUFFIXES))}")
     return images
 
 

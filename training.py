@@ -1,4 +1,4 @@
-"""A run's plumbing, which no paper defines: processes, optimizer, flags, checkpoints, resume, log."""
+"""A run's plumbing, which no paper defines: processes, optimizer, flags, checkpoints, log."""
 import argparse
 import contextlib
 import datetime
@@ -8,7 +8,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -24,16 +23,14 @@ from torch import nn
 from common import ARCHITECTURES, Batch, Batches, UserError, Views, seed_of
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a slow disk can keep one process that long
-VOTE_EVERY = 10  # steps between the votes of several processes to save or to stop
+VOTE_EVERY = 10  # steps between two votes of several processes on saving and stopping
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # --- 1. Optimization ------------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose step on a weight matrix is scaled to eta times the matrix's norm (arXiv:1708.03888).
-
-    One-dimensional parameters (biases, normalization) are neither decayed nor scaled. The gradients
-    are overwritten, so that a step allocates nothing.
-    """
+    """SGD whose step on a weight matrix is eta times the matrix's norm (arXiv:1708.03888). Biases
+    and normalization are neither decayed nor scaled. Overwrites the gradients."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
@@ -50,10 +47,10 @@ class LARS(torch.optim.Optimizer):
                 g = torch.stack(torch._foreach_norm(grads))
                 ratio = torch.where((w > 0) & (g > 0), group["eta"] * w / g, 1.0)
                 torch._foreach_mul_(grads, ratio.unbind())
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
             if params:
-                for p in params:
-                    if p not in self.state:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_mul_(momenta, group["momentum"])
                 torch._foreach_add_(momenta, [p.grad for p in params])
@@ -69,10 +66,7 @@ def cosine_schedule(step, total, warmup, peak, final):
 
 
 def probe(logits, labels):
-    """Loss and {"accuracy"} of a linear classifier trained along, from logits (B, classes) or None.
-
-    labels (B,) are -1 where unknown.
-    """
+    """Loss and accuracy of logits (B, C), or None, for labels (B,), of which -1 is unknown."""
     if logits is None:
         return 0.0, {}
     known = (labels >= 0).sum().clamp(min=1)
@@ -87,25 +81,24 @@ def rank_and_world():
 
 
 def of_this_start(store, rank, world):
-    """The part of torchrun's store that belongs to this start: the store outlives a restart, and
-    with it the addresses of the dead.
+    """The part of torchrun's store that is of this start alone, without the addresses of the dead.
 
-    Each process writes a new name of its own before it reads those of all. So all can agree on the
-    same list of names only when every name in it is new; its digest then names the part.
+    Each process puts a new name into a list, then reads the list: all agree only on a new list.
     """
     store.set(f"name {rank}", os.urandom(8).hex())
-    digest = None
-    while digest is None or store.add(digest, 0) < world:
+    agreed = None
+    while agreed is None or store.add(agreed, 0) < world:
         names = store.multi_get([f"name {r}" for r in range(world)])
-        if hashlib.sha256(b"".join(names)).hexdigest() != digest:
-            digest = hashlib.sha256(b"".join(names)).hexdigest()
-            store.add(digest, 1)
+        digest = hashlib.sha256(b"".join(names)).hexdigest()
+        if digest != agreed:
+            agreed = digest
+            store.add(agreed, 1)
         time.sleep(0.02)
-    return dist.PrefixStore(digest, store)
+    return dist.PrefixStore(agreed, store)
 
 
 def set_up(seed):
-    """Joins torchrun's process group (NCCL or gloo; none without it) and seeds -> the device."""
+    """Joins torchrun's process group (NCCL or gloo; none without it), seeds -> the device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -114,8 +107,7 @@ def set_up(seed):
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = of_this_start(store, rank, world)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     torch.manual_seed(seed)
     return device
 
@@ -125,14 +117,18 @@ def distribute(model, device):
     model = model.to(device, memory_format=torch.channels_last)
     if not dist.is_initialized():
         return model, model
-    ids = None
+    devices = None
     if device.type == "cuda":  # on the CPU, BatchNorm's statistics stay those of each process
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        ids = [device.index]
-    return model, nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+        devices = [device.index]
+    return model, nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
 # --- 3. Command line ------------------------------------------------------------------------------
+
+AT_LEAST_1 = (1, math.inf)
+LIMITS = dict(size=AT_LEAST_1, epochs=AT_LEAST_1, batch_size=AT_LEAST_1, log_every=AT_LEAST_1)
+
 
 def has_bf16():
     """Whether bfloat16 is fast here: on GPUs and CPUs with instructions for it."""
@@ -141,25 +137,12 @@ def has_bf16():
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
-def cores():
-    """The CPU cores of this process, where a machine's processes share them."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-LIMITS = dict(
-    size=(1, 4096), epochs=(1, math.inf), batch_size=(2, math.inf), base_lr=(0, math.inf),
-    final_lr=(0, math.inf), weight_decay=(0, math.inf), warmup_epochs=(0, math.inf),
-    seed=(0, 2**31), workers=(0, 1024), save_minutes=(0, math.inf), log_every=(1, math.inf),
-)
-
-
 def parse_args(parser, recipes, limits):
-    """Adds the flags of every method. A recipe gives the defaults, any flag overrides it.
-
-    recipes: by the family of --arch (resnet, convnext, vit) if it has one, else by --data, else
-    imagenet's; limits: {flag: (lowest, highest)}. Raises UserError for what is out of them.
-    """
+    """The method's flags and those of all methods. A recipe gives the defaults: that of --arch or
+    of its family (resnet, convnext, vit) if there is one, else that of --data, else imagenet's.
+    limits: {flag: (lowest, highest)}, by default 0 or more; what is out of them is a UserError."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     flag = parser.add_argument
     flag("--data", default="shapes",
          help="shapes, cifar10, cifar100, stl10, voc, or a folder of images (or one in $DATA)")
@@ -174,7 +157,7 @@ def parse_args(parser, recipes, limits):
     flag("--seed", type=int, default=0, help="of all that is random")
     flag("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16(),
          help="autocast to bfloat16; by default where it is fast")
-    flag("--workers", type=int, default=min(12, cores()), help="data loading processes of each")
+    flag("--workers", type=int, default=min(12, cores), help="data loading processes")
     flag("--out", default="runs", help="folder of all runs")
     flag("--name", help="this run's folder in --out; by default METHOD-DATA")
     flag("--save-minutes", type=float, default=10, help="minutes between checkpoints")
@@ -182,37 +165,42 @@ def parse_args(parser, recipes, limits):
     known, _ = parser.parse_known_args()
     data = Path(known.data).name
     family = (known.arch or "").split("_")[0]
-    recipe = recipes.get(family, recipes.get(data, recipes["imagenet"]))
+    recipe = next(recipes[key] for key in (known.arch, family, data, "imagenet") if key in recipes)
     parser.set_defaults(**recipe, name=f"{Path(sys.argv[0]).stem}-{data}")
 
     args = parser.parse_args()
-    for name, (low, high) in {**LIMITS, **limits}.items():
-        if not low <= getattr(args, name) <= high:
-            said = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise UserError(f"{said}: it must be {low} or more and at most {high}")
+    for name, value in vars(args).items():
+        low, high = (LIMITS | limits).get(name, (0, math.inf))
+        values = value if isinstance(value, list) else [value]
+        numbers = [v for v in values if isinstance(v, int | float)]
+        if numbers and not low <= min(numbers) <= max(numbers) <= high:
+            said = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{said}: it must be at least {low} and at most {high}")
     return args
 
 
 def printable(text):
     """The same on one line: control characters and bytes that are no text are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def warn(message):
+    print("warning:", printable(message), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a main(): a UserError becomes one line on stderr, and exit code 2.
-
-    Every way out kills the data workers first, for which Python would wait. Where there are several
-    processes, one that fails leaves at once, and torchrun ends the others.
-    """
+    """Around a main(): a UserError becomes one line on stderr, and exit code 2. Kills data workers,
+    which Python would wait for, and leaves several processes at once: torchrun ends the others."""
     code = 0
     try:
         yield
     except UserError as error:
         code = 2
-        line = str(error).rpartition("UserError: ")[2].strip()  # a worker puts its traceback before
-        if line:
-            print(f"error: {printable(line)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # what all processes meet, the first one says, before torchrun ends all
+        line = str(error).rpartition("UserError: ")[2]  # after a data worker's traceback
+        print("error:", printable(line.strip()), file=sys.stderr)
     except SystemExit as stop:
         code = stop.code
     except BaseException:
@@ -221,17 +209,14 @@ def one_line_errors():
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
-    sys.stderr.flush()
     if dist.is_initialized():
-        if code:
-            os._exit(code)
-        dist.destroy_process_group()
+        os._exit(code)
     if code:
         sys.exit(code)
 
 
 def launch(train, parser, recipes, **limits):
-    """train(args), args being the method's flags and those of parse_args(); limits as there."""
+    """train(args) with the flags of parse_args(), within one_line_errors()."""
 
     def refuse(message):
         raise UserError(f"{message}; see --help")
@@ -244,14 +229,12 @@ def launch(train, parser, recipes, **limits):
 # --- 4. A run -------------------------------------------------------------------------------------
 
 def write(path, save, previous=None):
-    """save(file), so that `path` holds the old file or all of the new one, whatever happens.
-
-    previous: a second name, which the old file keeps. Raises UserError, with nothing lost.
-    """
+    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens. The
+    old ones keep the name `previous`. Raises UserError where it cannot write, with nothing lost."""
     part = path.with_suffix(".part")
     try:
         part.unlink(missing_ok=True)
-        with open(part, "xb") as file:  # x: follows no link that somebody put there
+        with open(part, "xb") as file:  # x: follows no link
             save(file)
             file.flush()
             os.fsync(file.fileno())
@@ -260,35 +243,23 @@ def write(path, save, previous=None):
                 previous.unlink(missing_ok=True)
                 os.link(path, previous)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):  # torch.save makes a RuntimeError of a failure to write
-            raise
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        kept = "what it held before is intact"
-        raise UserError(f"cannot write {path} ({reason}); {kept}: free space, run again") from error
-
-
-def warn(message):
-    print("warning:", printable(str(message)), file=sys.stderr, flush=True)
-
-
-def millions(module):
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M"
+        reason = error.__context__ or error
+        raise UserError(f"cannot write {path} ({reason}), what it held is intact: free space, run "
+                        "again") from error
 
 
 def ignore_signals(_):
     """In data workers: a signal to the whole process group is the main process's to answer."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Run:
-    """A training run in the folder OUT/NAME: log.jsonl, last.pt, backbone.pt.
-
-    It resumes from last.pt, or where that cannot be read from previous.pt, the checkpoint before.
-    """
+    """A training run in the folder OUT/NAME: log.jsonl, last.pt, backbone.pt. It resumes from
+    last.pt, or where that cannot be read from previous.pt, the checkpoint before it."""
 
     FREE = {"out", "name", "workers", "save_minutes", "log_every"}  # may change on resuming
 
@@ -303,84 +274,77 @@ class Run:
         self.folder = Path(args.out) / args.name
         self.step = 0
         self.signal = 0
-        self.broken = torch.zeros(2)  # images that could not be read, and images seen, since the start
+        self.seen = 0  # images since the start, in this process
+        self.broken = 0  # those of them that could not be read
         self.per_epoch = len(data) // args.batch_size
         self.total = args.epochs * self.per_epoch
         self.peak_lr = args.base_lr * args.batch_size / 256
 
         if args.batch_size < 2 * self.world or args.batch_size % self.world:
             raise UserError(f"--batch-size {args.batch_size}: it must be a multiple of the "
-                            f"{self.world} processes, with 2 images or more for each")
+                            f"{self.world} processes, with 2 or more for each")
         if not self.per_epoch:
-            raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images "
-                            f"of {args.data}")
+            raise UserError(f"--batch-size {args.batch_size} is above the {len(data)} images")
         if self.rank == 0:
             self.claim()
         self.resume()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.on_signal)
         if self.rank == 0:
             self.open_log()
             self.describe()
+        for number in SIGNALS:
+            signal.signal(number, self.on_signal)
         self.saved = time.monotonic()
 
     def claim(self):
-        """Makes the folder this run's alone."""
+        """Makes the folder this run's alone. The kernel drops the lock when the process dies."""
         name = self.args.name
         if name in ("", ".", "..") or "/" in name or not name.isprintable():
-            raise UserError(f"--name {name!r} is no name of a folder in --out: "
-                            "take one without slashes and control characters")
+            raise UserError(f"--name {name!r}: it must be the name of a folder, without slashes")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise UserError(f"cannot write in {self.folder} ({error}): give another --out") from error
-        self.lock = os.fdopen(lock, "r+")  # the kernel unlocks it when the process dies
+            raise UserError(f"cannot write in {self.folder} ({error}); try another --out") from None
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"another run is at work in {self.folder}: wait for its end, or give "
-                            "another --name") from None
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            cure = "wait for its end, or give another --name"
+            raise UserError(f"another run is at work in {self.folder}: {cure}") from error
         except OSError as error:
             warn(f"cannot lock {self.folder} ({error}): start no second run in it")
 
-    def last_checkpoint(self):
+    def read(self):
         """What last.pt holds, or else previous.pt; None where there is neither."""
-        problems = []
-        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
-            if not path.exists():
-                continue
+        paths = [self.folder / "last.pt", self.folder / "previous.pt"]
+        paths = [path for path in paths if path.exists()]
+        for path in paths:
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                if problems:
-                    warn(f"{problems[0]}: {path}, the checkpoint before it, takes its place")
-                return state
-            except Exception as error:  # whatever the bytes of the file make the unpickler raise
-                problems.append(f"{path} cannot be read ({str(error).splitlines()[0][:100]})")
-        if problems:
-            raise UserError(f"{problems[0]}, and no previous.pt: give another --name")
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever the bytes of the file make torch raise
+                warn(f"cannot read {path} ({str(error)[:80]})")
+        if paths:
+            raise UserError(f"no whole checkpoint in {self.folder}: give another --name")
         return None
 
     def resume(self):
-        state = self.last_checkpoint()
         now = {**vars(self.args), "images": len(self.data)}
+        now = {key: value for key, value in now.items() if key not in self.FREE}
+        state = self.read()
         if state is not None:
             then = state["args"]
-            changed = [f"{key.replace('_', '-')} {then[key]} (now {value})"
-                       for key, value in now.items()
-                       if key in then.keys() - self.FREE and value != then[key]]
-            if changed:
-                raise UserError(f"{self.folder} was started with {', '.join(changed)}: give the "
-                                "same, or another --name")
+            differ = [f"{key.replace('_', '-')} {then[key]} (now {now[key]})"
+                      for key in now if key in then and then[key] != now[key]]
+            if differ:
+                cure = "give the same, or another --name"
+                raise UserError(f"{self.folder} was started with {', '.join(differ)}: {cure}")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
         if self.world > 1:
-            seen = torch.tensor([self.step, -self.step, len(self.data), -len(self.data)])
-            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
-            if seen[0] != -seen[1] or seen[2] != -seen[3]:
-                self.fail("the processes see different checkpoints or images: --out and --data "
-                          "must be shared by all")
+            seen = [None] * self.world
+            dist.all_gather_object(seen, (self.step, now), group=self.control)
+            if any(other != seen[0] for other in seen):
+                raise UserError("the processes differ in their checkpoint, arguments or images")
 
     def open_log(self):
         """Opens log.jsonl without the lines beyond this step, which a crash can leave."""
@@ -388,7 +352,7 @@ class Run:
         kept = []
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # any bytes, after a crash
-                if line.endswith(b"\n") and json.loads(line)["step"] <= self.step:
+                if json.loads(line)["step"] <= self.step and line.endswith(b"\n"):
                     kept.append(line)
         write(path, lambda file: file.write(b"".join(kept)))
         self.log_file = open(path, "a")
@@ -396,11 +360,9 @@ class Run:
     def describe(self):
         """Prints the settings in force."""
         rows = dict(sorted(vars(self.args).items()))
-        rows["peak lr"] = f"{self.peak_lr:g}"
-        rows["images"] = f"{len(self.data)}, {self.per_epoch} steps an epoch, {self.total} in all"
-        each = self.args.batch_size // self.world
-        rows["processes"] = f"{self.world} on {self.device.type}, {each} images each"
-        rows["parameters"] = f"{millions(self.model.backbone)} backbone, {millions(self.model)} in all"
+        rows |= {"peak lr": self.peak_lr, "images": len(self.data), "steps": self.total,
+                 "processes": f"{self.world} on {self.device.type}",
+                 "parameters": f"{sum(p.numel() for p in self.model.parameters()):,}"}
         for key, value in rows.items():
             print(f"  {key.replace('_', '-'):16} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
@@ -410,35 +372,32 @@ class Run:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGINT:
-            print("stopping after this step, to save; again to quit now", flush=True)
+            print("saving after this step; again to quit now", flush=True)
 
     def batches(self, sample):
-        """Yields a Batch on the device for each step that is left, and seeds the step's randomness.
-
-        sample: as in common.Views.
-        """
-        args, cuda = self.args, self.device.type == "cuda"
-        order = Batches(len(self.data), args.batch_size, self.step, self.total, args.seed, self.rank,
-                        self.world)
+        """Yields a Batch on the device for each step left, and seeds it. sample: of common.Views.
+        Raises UserError where over 1% of the images cannot be read."""
+        seed, workers, size = self.args.seed, self.args.workers, self.args.batch_size
+        order = Batches(len(self.data), size, self.step, self.total, seed, self.rank, self.world)
         loader = torch.utils.data.DataLoader(
-            Views(self.data, sample, args.seed),
-            batch_sampler=order,
-            num_workers=args.workers,
-            pin_memory=cuda,
-            timeout=TIMEOUT.total_seconds() if args.workers else 0,
-            worker_init_fn=ignore_signals,
-            multiprocessing_context="fork" if args.workers else None,  # they share the data
-        )
+            Views(self.data, sample, seed), batch_sampler=order, num_workers=workers,
+            pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals,
+            timeout=TIMEOUT.total_seconds() if workers else 0,
+            multiprocessing_context="fork" if workers else None)  # forked, they share the data
         self.reset_clock()
+        asked = time.monotonic()
         try:
-            asked = time.monotonic()
             for batch in loader:
                 self.waited += time.monotonic() - asked
-                self.broken += torch.tensor([batch.broken.sum(), len(batch.broken)])
-                torch.manual_seed(seed_of(args.seed, self.step, self.rank, 1))
+                self.seen += len(batch.broken)
+                self.broken += int(batch.broken.sum())
+                if self.broken > 10 + 0.01 * self.seen:
+                    raise UserError(f"{self.broken} of {self.seen} images could not be read, over "
+                                    "1%: mend or remove those that the warnings name")
+                torch.manual_seed(seed_of(seed, self.step, self.rank, 1))
                 views, *rest = batch
                 views = [view.to(self.device, non_blocking=True) for view in views]
-                yield Batch(views, *(t.to(self.device, non_blocking=True) for t in rest))
+                yield Batch(views, *[t.to(self.device, non_blocking=True) for t in rest])
                 asked = time.monotonic()
         except RuntimeError as error:
             if "DataLoader" not in str(error):
@@ -459,130 +418,95 @@ class Run:
         self.clock = time.monotonic()
         self.clock_step = self.step
 
-    def fail(self, why):
-        """For what all processes find out together: the first one says it."""
-        raise UserError(why if self.rank == 0 else "")
+    def diverged(self, terms):
+        said = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
+        cure = "try a lower --base-lr or --no-bf16, under another --name"
+        raise UserError(f"NaN or infinity by step {self.step + 1} ({said}), not saved: {cure}")
 
     def log(self, **metrics):
-        """Every --log-every steps and at the last: a line in log.jsonl and one for the eye.
-
-        metrics: numbers or 0-d tensors, averaged over processes. Raises UserError, with every term,
-        where the loss is not finite, and where over 1% of the images cannot be read.
-        """
+        """Every --log-every steps and at the last: a line in log.jsonl and on the screen. metrics:
+        numbers or 0-d tensors, averaged over processes. UserError where the loss is not finite."""
         self.metrics = metrics
         step = self.step + 1
         if step % self.args.log_every and step != self.total:
             return
-        values = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in metrics.values()]
-        values = torch.stack(values).detach()
+        values = [torch.as_tensor(value, device=self.device) for value in metrics.values()]
+        values.append(torch.tensor(self.broken * self.world, device=self.device))
+        values = torch.stack([value.detach().double() for value in values])
         if self.world > 1:
             dist.all_reduce(values)
-        line = dict(zip(metrics, (values / self.world).tolist()))
-        if not math.isfinite(line["loss"]):
-            self.diverged(line)
-        broken = self.check_broken()
+        *means, broken = (values / self.world).tolist()
+        terms = dict(zip(metrics, means))
+        if not math.isfinite(terms["loss"]):
+            self.diverged(terms)
+
         if self.rank == 0:
-            self.write_line(step, line, broken)
+            self.write_line(step, terms, int(broken))
         self.reset_clock()
 
-    def write_line(self, step, metrics, broken):
+    def write_line(self, step, terms, broken):
         seconds = time.monotonic() - self.clock
         rate = (step - self.clock_step) / seconds
-        eta = (self.total - step) / rate
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        line = dict(step=step, epoch=step / self.per_epoch, **metrics, broken=broken, eta_s=eta,
-                    images_per_s=rate * self.args.batch_size, data_wait=self.waited / seconds,
-                    memory_gb=memory / 1e9)
+        line = dict(step=step, epoch=step / self.per_epoch, **terms, broken=broken,
+                    images_per_s=rate * self.args.batch_size, wait=self.waited / seconds,
+                    minutes_left=(self.total - step) / rate / 60,
+                    memory_gb=torch.cuda.max_memory_allocated() / 1e9)
         try:
             self.log_file.write(json.dumps(line) + "\n")
             self.log_file.flush()
         except OSError as error:  # the line stays in the buffer, to go out with a later one
             warn(f"cannot write to {self.folder / 'log.jsonl'} ({error})")
-        shown = [f"epoch {line['epoch']:.2f}/{self.args.epochs}"]
-        shown += [f"{name} {value:.4g}" for name, value in metrics.items()]
-        shown += [f"{line['images_per_s']:.0f} img/s", f"wait {line['data_wait']:.0%}",
-                  f"{line['memory_gb']:.1f} GB", f"eta {datetime.timedelta(seconds=round(eta))}"]
-        if broken:
-            shown.append(f"broken {broken}")
+        shown = [f"{name} {value:.4g}" for name, value in line.items() if value]
         print(*shown, sep="  ", flush=True)
 
-    def check_broken(self):
-        """How many images of all processes could not be read since the start."""
-        total = self.broken.clone()
-        if self.world > 1:
-            dist.all_reduce(total, group=self.control)
-        broken, seen = total.int().tolist()
-        if broken > 10 + 0.01 * seen:
-            self.fail(f"{broken} of {seen} images could not be read, over 1%: see the warnings, "
-                      "mend or remove these files")
-        return broken
-
-    def diverged(self, terms):
-        said = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
-        cure = "try a lower --base-lr or --no-bf16, under another --name"
-        self.fail(f"NaN or infinity by step {self.step + 1} ({said}), not saved: {cure}")
-
     def end_step(self):
-        """Counts the step. Saves where it is time to; on a signal too, and then ends the run."""
+        """Counts the step. Saves where it is time to, and on a signal, which then ends the run."""
         self.step += 1
         last = self.step == self.total
         wish = self.signal or int(time.monotonic() - self.saved >= 60 * self.args.save_minutes)
         if self.world > 1:
             if self.step % VOTE_EVERY and not last:
                 return
-            vote = torch.tensor(wish)  # all save and stop at one step, though their clocks differ
+            vote = torch.tensor(wish)  # so that all save or stop at one step
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control)
             wish = int(vote)
         if wish or last:
             self.save(must=wish > 1 or last)
             self.saved = time.monotonic()
         if wish > 1:
-            if self.rank == 0:
-                name = signal.Signals(wish).name
-                print(f"{name}: saved at step {self.step}; the same command resumes", flush=True)
+            name = signal.Signals(wish).name
+            print(f"{name}: saved at step {self.step}; the same command resumes", flush=True)
             sys.exit(0)
 
     def save(self, must):
-        """last.pt and backbone.pt, if all is finite. A failure to write is fatal if it `must` work.
-
-        All processes call it, to find out together what is not finite; the first one writes.
-        """
-        tensors = [t for t in self.model.state_dict().values() if t.is_floating_point()]
-        if not all(t.isfinite().all() for t in tensors):
+        """last.pt and backbone.pt, if all is finite. A failure to write is fatal if `must`."""
+        weights = self.model.state_dict()
+        if not all(t.isfinite().all() for t in weights.values() if t.is_floating_point()):
             self.diverged(self.metrics)
-        self.check_broken()
         if self.rank:
             return
-        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                     step=self.step, args={**vars(self.args), "images": len(self.data)})
+        state = dict(model=weights, optimizer=self.optimizer.state_dict(), step=self.step,
+                     args={**vars(self.args), "images": len(self.data)})
         backbone = self.model.backbone.state_dict()
+        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
         try:
             write(self.folder / "backbone.pt", lambda file: torch.save(backbone, file))
-            previous = self.folder / "previous.pt"
-            write(self.folder / "last.pt", lambda file: torch.save(state, file), previous)
+            write(last, lambda file: torch.save(state, file), previous)
         except UserError as error:
             if must:
                 raise
             warn(error)  # the next checkpoint may find room
 
     def finish(self, *protocols):
-        """Evaluates the trained backbone beside an untrained one, by `python -m evaluate`.
-
-        The first process does it, where evaluate/ lies beside this file and the data has labels;
-        else it says how.
-        """
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        """Evaluates the trained backbone beside an untrained one, in a command of its own, where
+        evaluate/ lies beside this file and the data has labels; else says how to."""
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.rank:
-            return
         here = Path(__file__).resolve().parent
-        for protocol in protocols:
+        env = {**os.environ, "WORLD_SIZE": "1", "PYTHONPATH": str(here)}
+        for protocol in protocols if self.rank == 0 else ():
             command = ["-m", "evaluate", protocol, "--checkpoint", str(self.folder), "--baseline"]
             if (here / "evaluate").is_dir() and self.data.classes:
-                env = {**os.environ, "WORLD_SIZE": "1", "PYTHONPATH": str(here)}
                 subprocess.run([sys.executable, *command], env=env, check=False)
             else:
-                print("to evaluate it: python", " ".join(command))
+                print("to evaluate it: python", *command)

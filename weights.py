@@ -1,64 +1,125 @@
-"""Checkpoints, of this project and of others, as backbones."""
-
+"""Checkpoints of this project and of others as backbones, under our parameter names."""
+import argparse
+import codecs
 import math
 import re
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from common import CONVNEXTS, UserError, build_backbone, read_checkpoint
+from common import CONVNEXTS, VITS, UserError, build_backbone
 
-RENAMED = [  # parameter names of other projects -> those used here
-    # torchvision's ViT
-    (r"^class_token$", "cls_token"), (r"^encoder\.pos_embedding$", "pos_embed"), (r"^conv_proj\.", "patch_embed.proj."),
-    (r"^encoder\.ln\.", "norm."), (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."), (r"\.ln_(\d)\.", r".norm\1."),
-    (r"\.self_attention\.in_proj_", ".attn.qkv."), (r"\.self_attention\.out_proj\.", ".attn.proj."),
-    (r"\.mlp\.(linear_1|0)\.", ".mlp.fc1."), (r"\.mlp\.(linear_2|3)\.", ".mlp.fc2."),
-    # ConvNeXt as its authors and VICRegL name it, and as timm does
-    (r"^stem\.", "features.0."), (r"^head\.norm\.", "classifier.0."),
-    *[(rf"^(downsample_layers\.{i}|stages\.{i}\.downsample)\.", f"features.{2 * i}.") for i in range(4)],
-    *[(rf"^stages\.{i}\.(blocks\.)?", f"features.{2 * i + 1}.") for i in range(4)],
-    *[(rf"^(features\.\d\.\d+)\.({theirs})\b", rf"\1.{ours}") for theirs, ours in (
-        ("dwconv|conv_dw", "block.0"), ("norm", "block.2"), ("pwconv1|mlp.fc1", "block.3"), ("pwconv2|mlp.fc2", "block.5"),
-        ("gamma", "layer_scale"))],
-]
-HEADS = ("fc.", "head.", "heads.", "classifier.2.", "projector.", "maps_projector.", "projection_head.", "prototypes.")
+HEADS = ("fc.", "head.", "heads.", "classifier.2.", "projector.", "maps_projector.",
+         "projection_head.", "prototypes.")
+
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint file, or in the last.pt of a run folder. Raises UserError, and
+    runs no code that the file may hold: it reads tensors, plain values, and what DINO's files hold
+    besides, numpy's numbers and an argparse.Namespace."""
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give a run folder, last.pt or backbone.pt")
+    scalar = np._core.multiarray.scalar
+    older_name = (scalar, "numpy.core.multiarray.scalar")
+    number = [scalar, older_name, np.dtype, np.dtypes.Float64DType, codecs.encode]
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *number]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes of the file make the unpickler raise
+        reason = (str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
+        raise UserError(f"{path} is no file of weights, or holds more than weights, and was not "
+                        f"loaded ({reason})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, no dictionary of weights")
+    return state
+
+
+def from_torchvision_vit(key):
+    """torchvision's names of a ViT's parameters -> DINO's and timm's, which are ours."""
+    key = re.sub(r"encoder\.layers\.encoder_layer_(\d+)", r"blocks.\1", key)
+    names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed",
+             "conv_proj": "patch_embed.proj", "encoder.ln": "norm", "ln_1": "norm1",
+             "ln_2": "norm2", "self_attention.in_proj_": "attn.qkv.",
+             "self_attention.out_proj": "attn.proj", "mlp.linear_1": "mlp.fc1",
+             "mlp.linear_2": "mlp.fc2", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
+    for theirs, ours in names.items():
+        key = key.replace(theirs, ours)
+    return key
+
+
+def from_convnext(key):
+    """ConvNeXt's names by its authors, which are VICRegL's, and by timm -> torchvision's."""
+    key = re.sub(r"^stem\.", "downsample_layers.0.", key)  # timm's names -> the authors'
+    key = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key)
+    key = re.sub(r"^stages\.(\d)\.blocks\.", r"stages.\1.", key)
+    key = re.sub(r"^(head\.)?norm\.", "classifier.0.", key)
+    # the authors' -> torchvision's: stem, stage, downsampling, stage, ...
+    key = re.sub(r"^downsample_layers\.(\d)", lambda m: f"features.{2 * int(m[1])}", key)
+    key = re.sub(r"^stages\.(\d)", lambda m: f"features.{2 * int(m[1]) + 1}", key)
+    names = {"dwconv": "block.0", "conv_dw": "block.0", "norm": "block.2", "pwconv1": "block.3",
+             "mlp.fc1": "block.3", "pwconv2": "block.5", "mlp.fc2": "block.5",
+             "gamma": "layer_scale"}
+    for theirs, ours in names.items():
+        key = re.sub(rf"^(features\.\d\.\d+)\.{theirs}\b", rf"\1.{ours}", key)
+    return key
+
+
+def backbone_state(state):
+    """The backbone's own parameters in a checkpoint: of the teacher, without prefixes and heads."""
+    for part in ("teacher", "model", "state_dict"):
+        if isinstance(state.get(part), dict):
+            state = state[part]
+            break
+    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    for prefix in ("module.", "backbone."):
+        inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        state = inner or state
+    return {key: value for key, value in state.items()
+            if not key.startswith(HEADS) or key.startswith("head.norm.")}  # timm's ConvNeXt
 
 
 def load_backbone(checkpoint, arch=None):
-    """A backbone with trained weights, in eval mode.
-
-    checkpoint: a run folder or its last.pt (both know their `arch`), backbone.pt, a state dict of torchvision or timm, or
-    a release of VICReg, VICRegL, DINO (the teacher) or CrIBo (the teacher); or any of these, loaded. Their heads are left
-    out. Raises UserError, naming the keys, where the weights are of another architecture.
-    """
-    loaded = isinstance(checkpoint, dict)
-    name, state = ("the checkpoint", checkpoint) if loaded else (checkpoint, read_checkpoint(checkpoint))
-    if isinstance(state.get("args"), dict):
-        arch = arch or state["args"].get("arch")
+    """A backbone with trained weights, in eval mode. checkpoint: a run folder or last.pt (both know
+    their `arch`), backbone.pt, a state dict of torchvision or timm, a release of VICReg, VICRegL,
+    DINO or CrIBo; or any of these, loaded. Raises UserError, naming keys, where it does not fit."""
+    name, state = "the checkpoint", checkpoint
+    if not isinstance(checkpoint, dict):
+        name, state = checkpoint, read_checkpoint(checkpoint)
+    if arch is None and isinstance(state.get("args"), dict):
+        arch = state["args"].get("arch")
     if arch is None:
         raise UserError(f"{name} does not name its architecture: add --arch")
-    state = next((state[key] for key in ("teacher", "model", "state_dict") if key in state), state)
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    inner = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    state = inner or state
-    for pattern, ours in RENAMED + [(r"^norm\.", "classifier.0.")] * (arch in CONVNEXTS):
-        state = {re.sub(pattern, ours, key): value for key, value in state.items()}
-    state = {key: value.view(-1, 1, 1) if key.endswith("layer_scale") else value for key, value in state.items()
-             if not key.startswith(HEADS)}
-    size = 224  # what the weights were made for: the small stem is 3 pixels wide, position embeddings count patches
+    state = backbone_state(state)
+    if arch in VITS:
+        state = {from_torchvision_vit(key): value for key, value in state.items()}
+    if arch in CONVNEXTS:
+        state = {from_convnext(key): value for key, value in state.items()}
+        for key in state:
+            if key.endswith("layer_scale"):
+                state[key] = state[key].view(-1, 1, 1)
+
+    size = 224  # what the weights were made for
     if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3:
-        size = 32
-    if {"pos_embed", "patch_embed.proj.weight"} <= state.keys():
-        size = math.isqrt(state["pos_embed"].shape[1] - 1) * state["patch_embed.proj.weight"].shape[-1]
-    backbone = build_backbone(arch, size)
+        size = 32  # the small stem
+    if "pos_embed" in state and "patch_embed.proj.weight" in state:
+        patches = math.isqrt(state["pos_embed"].shape[1] - 1)
+        size = patches * state["patch_embed.proj.weight"].shape[-1]
+    backbone = build_backbone(arch, size, layer_scale=any("layer_scale" in key for key in state))
+
     own = backbone.state_dict()
-    shapes = [f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in own
-              if key in state and state[key].shape != own[key].shape]
-    wrong = {"missing in the file": [k for k in own if k not in state],
-             "unexpected in the file": [k for k in state if k not in own], "of another shape": shapes}
-    if any(wrong.values()):
-        told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' * (len(keys) > 4)})"
-                         for what, keys in wrong.items() if keys)
-        raise UserError(f"{name} is not a {arch}: of {len(own)} parameters {told}; set --arch")
+    shapes = [f"{key} {list(state[key].shape)}, not {list(own[key].shape)}"
+              for key in own if key in state and state[key].shape != own[key].shape]
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    said = f"{name} is not a {arch} of {len(own)} parameters:"
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    for what, keys in kinds.items():
+        if keys:
+            said += f" {len(keys)} {what} ({', '.join(keys[:4])}{', ...' if keys[4:] else ''});"
+    if missing or unexpected or shapes:
+        raise UserError(f"{said} set --arch")
     backbone.load_state_dict(state)
     return backbone.eval()

@@ -55,6 +55,7 @@ from torchvision.transforms import RandomResizedCrop
 # --- 1. Views and positions -----------------------------------------------------------------------
 
 JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+COLOURS = [dict(jitter=JITTER, blur_p=0.5, solarize_p=0.1)]  # of every view
 TWO = [(2, (0.08, 1.0), 1.0)]  # how many, the crop's share of the image's area, side / --size
 LARGE = (2, (0.4, 1.0), 1.0)
 SMALL = (6, (0.08, 0.4), 96 / 224)
@@ -473,7 +474,7 @@ def train(args):
     optimizer = make_optimizer(args.arch, model, args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment = common.Photometric(jitter=JITTER, blur_p=0.5, solarize_p=0.1)
+    augment = common.Photometric(**COLOURS[0])
     sample = functools.partial(sample_views, kinds=kinds, size=args.size)
     for batch in run.batches(sample):
         views = [augment(view) for view in batch.views]

@@ -23,10 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evaluate.__main__ import Parser
-from evaluate.bag import load_projector
-from evaluate.correspond import transformed
-from evaluate.features import load, open_part, to_input
 from torch.utils.data import default_collate
 from torchvision.utils import draw_segmentation_masks, make_grid
 
@@ -36,6 +32,10 @@ import lc_loss
 import training
 import vicregl
 from common import Photometric, UserError, Views, normalize
+from evaluate.__main__ import Parser
+from evaluate.bag import load_projector
+from evaluate.correspond import transformed
+from evaluate.features import load, open_part, to_input
 
 try:
     from matplotlib.figure import Figure
@@ -272,8 +272,8 @@ def objects(args, data, backbone, batch_size=32):
         faded = 192 + view // 4
         return torch.where(masks[o, 0], view, faded)
 
-    own = (owners == 0).sum()
-    figure, axes = panels(math.ceil((1 + own) / 2), 4)
+    own = (owners == 0).sum().item()
+    figure, axes = panels(own // 2 + 1, 4)
     pairs = axes.reshape(-1, 2)
     colours = args.num_objects * COLOURS
     for v, ax in enumerate(pairs[0]):

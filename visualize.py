@@ -71,7 +71,7 @@ def panels(rows, columns, height=1.1, width=1.0):
 def show(ax, picture, title="", width=1, height=1):
     """A PIL image or a view (3, H0, W0), its corners at (0, 0) and (height, width) of the axes."""
     if isinstance(picture, torch.Tensor):
-        picture = picture.permute(1, 2, 0)
+        picture = picture.permute(1, 2, 0).numpy()
     ax.imshow(picture, extent=(0, width, height, 0), interpolation="bicubic")
     ax.autoscale(False)
     ax.set_title(title)
@@ -97,9 +97,11 @@ def connect(axes, views, title, starts, ends, styles):
     above, below = axes
     show(above, views[0], title)
     show(below, views[1])
-    for number, (start, end, style) in enumerate(zip(starts, ends, styles), 1):
-        line = ConnectionPatch(start.flip(0), end.flip(0), "data", axesA=above, axesB=below,
-                               **LINE, **style)
+    triples = zip(starts, ends, styles)
+    for number, (start, end, style) in enumerate(triples, 1):
+        a = start.flip(0).tolist()
+        b = end.flip(0).tolist()
+        line = ConnectionPatch(a, b, "data", axesA=above, axesB=below, **LINE, **style)
         above.figure.add_artist(line)
         mark(above, start, number)
         mark(below, end, number)
@@ -240,10 +242,8 @@ def correspond(args, data, backbone, lines=15):
 
 
 def objects(args, data, backbone, batch_size=32):
-    """CrIBo, Figs. 3-4: the objects in both views of an image, each with the nearest in a bank.
-
-    Framed blue where the cycle of Eq. (4) holds in a batch of images, else orange and dashed.
-    """
+    """CrIBo, Figs. 3-4: the objects in both views of an image, each with the nearest in a bank. Blue
+    frames where the cycle of Eq. (4) holds in a batch of images, else orange, dashed ones."""
     cribo.check_sizes(args, backbone.stride, len(data))
     indices = image_and_others(args, data, args.bank_images + batch_size - 1)
     grid = args.size // backbone.stride
@@ -308,8 +308,7 @@ def embedded(args, data, backbone, index, count):
 
 
 def show_query(args, ax, image, boxes):
-    """Shows the image, and outlines the patch whose middle is nearest to --query -> its number and
-    the middles (P, 2) of all."""
+    """The image and the patch nearest to --query -> its number, the middles (P, 2) of all."""
     middles = boxes[:, :2] + boxes[:, 2:] / 2
     wanted = torch.tensor(args.query) * torch.tensor([image.height, image.width])
     query = (middles - wanted).norm(dim=1).argmin()
@@ -325,13 +324,14 @@ def heatmap(args, data, backbone, steps=17):
     height = 0.3 + image.height / image.width  # of an image and a colour bar
     figure, axes = panels(1, 1 + len(spaces), height)
     query, middles = show_query(args, axes[0, 0], image, batch.boxes)
-    y, x = middles.unbind(1)
+    y, x = middles.T.numpy()
     grey = image.convert("L").convert("RGB")
     for ax, (name, z) in zip(axes[0, 1:], spaces.items()):
-        similarity = (z @ z[query]).view(steps, steps)  # (P, D) (D,) -> (P,)
+        similarity = z @ z[query]  # (P, D) (D,) -> (P,)
+        heat = similarity.view(steps, steps).numpy()
         show(ax, grey, f"{name}: cosine similarity", *image.size)
-        heat = ax.pcolormesh(x[:steps], y[::steps], similarity, alpha=0.7)
-        figure.colorbar(heat, ax=ax, location="bottom", panchor=False)
+        mesh = ax.pcolormesh(x[:steps], y[::steps], heat, alpha=0.7)
+        figure.colorbar(mesh, ax=ax, location="bottom", panchor=False)
     return figure
 
 
@@ -378,8 +378,8 @@ def views(args, data, _):
     return figure
 
 
-NO_METRICS = {"step", "epoch", "lr", "momentum", "decay", "temperature", "broken", "eta_s",
-              "data_wait", "memory_gb"}
+NO_METRICS = {"step", "epoch", "lr", "momentum", "decay", "temperature", "broken", "wait",
+              "minutes_left", "memory_gb"}
 
 
 def read_log(path):
@@ -416,8 +416,8 @@ def curves(args, columns=3):
             lines = [line for line in log if name in line]
             epochs = [line["epoch"] for line in lines]
             values = [line[name] for line in lines]
-            ax.plot(epochs, values, ".-", color=colour, alpha=0.3, markersize=2)
             if values:
+                ax.plot(epochs, values, ".-", color=colour, alpha=0.3, markersize=2)
                 ax.plot(epochs, smoothed(values), color=colour, label=path.name)
     lines_and_names = axes[0, 0].get_legend_handles_labels()
     figure.legend(*lines_and_names, loc="outside lower center", ncols=columns)
@@ -429,7 +429,7 @@ def curves(args, columns=3):
 METHODS = dict(vicregl=vicregl, lc_loss=lc_loss, cribo=cribo)
 COMMANDS = dict(matches=matches, correspond=correspond, objects=objects, heatmap=heatmap,
                 neighbors=neighbors, views=views, curves=curves)
-LOWEST = dict(index=0, size=1, seed=0, num_matches=1, num_objects=1, bank_images=1, scale=0.001)
+LOWEST = dict(size=1, seed=0, num_matches=1, num_objects=1, bank_images=1, scale=0.001)
 
 
 def parse_args():
@@ -470,12 +470,13 @@ def draw(args):
         return curves(args)
     if args.command == "views" and args.checkpoint == "random":
         args.arch = "tiny_convnet"
-    args.device = training.set_up(args.seed)
     args.bf16 = False
-    backbone = load(args).to(args.device)
+    backbone = load(args)
+    args.device = training.set_up(args.seed)
+    backbone.to(args.device).eval()
     args.projector = load_projector(args.checkpoint)
     data = open_part(args)
-    if args.index >= len(data):
+    if not 0 <= args.index < len(data):
         raise UserError(f"--index {args.index}: {args.data} has {len(data)} images, from 0 on")
     return COMMANDS[args.command](args, data, backbone)
 

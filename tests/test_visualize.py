@@ -1,44 +1,44 @@
-"""visualize.py: the size of each picture, and that what is drawn on a place lies there, read from the pixels."""
+"""visualize.py: what is drawn lies where it should, read from the figures; one-line errors."""
 import json
-import random
-import re
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import make_images, user_error
 from PIL import Image
 
-import bagssl
-import common
-import cribo
-import lc_loss
-import vicreg
-import vicregl
-import visualize
-from visualize import GAP, GREEN, PANEL, RED
+pytest.importorskip("matplotlib")
+
+import bagssl  # noqa: E402
+import common  # noqa: E402
+import cribo  # noqa: E402
+import lc_loss  # noqa: E402
+import vicregl  # noqa: E402
+import visualize  # noqa: E402
+from visualize import DPI, RIGHT, SIDE, WRONG  # noqa: E402
+
+BOXES = [(20, 30, 150, 120), (0, 10, 110, 170)]  # top, left, height, width, of 200 x 200 pixels
+FLIPS = [[False, False], [True, False], [False, True], [True, True]]
 
 
 @pytest.fixture
-def draw(tmp_path, monkeypatch, capsys):
-    """draw("matches RUN ...") -> the picture (H, W, 3) as main() wrote it; its size must be the one that was printed."""
+def figure(tmp_path, monkeypatch):
+    """figure("matches --checkpoint run ...") -> that command's figure, not rendered yet."""
     monkeypatch.chdir(tmp_path)
 
-    def run(command):
-        monkeypatch.setattr(sys, "argv", f"visualize.py {command} --out out/figure.png".split())
-        visualize.main()
-        picture = np.asarray(Image.open("out/figure.png"))
-        printed = re.fullmatch(r"out/figure.png: (\d+) x (\d+) pixels\n", capsys.readouterr().out)
-        assert [int(n) for n in printed.groups()] == [*picture.shape[1::-1]]
-        return picture.astype(int)
+    def make(command):
+        monkeypatch.setattr(sys, "argv", ["visualize.py", *command.split()])
+        with torch.no_grad():
+            return visualize.draw(visualize.parse_args())
 
-    return run
+    return make
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A run of an untrained VICRegL."""
+    """A run of an untrained VICRegL: backbone, projector and local projector."""
     torch.manual_seed(0)
     model = vicregl.VICRegL(common.build_backbone("tiny_convnet"), (32, 32), (16, 16))
     (tmp_path / "run").mkdir()
@@ -46,48 +46,51 @@ def checkpoint(tmp_path):
     torch.save(dict(model=model.state_dict(), args=args), tmp_path / "run/last.pt")
 
 
-def gradient(folder, count=1, side=200):
-    """Images whose red tells the column and whose green tells the row."""
-    folder.mkdir()
-    ramp = np.linspace(20, 235, side)
-    pixels = np.stack(np.broadcast_arrays(ramp[None, :], ramp[:, None], 128), 2).round().astype(np.uint8)
-    for i in range(count):
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+@pytest.fixture
+def gradient(tmp_path):
+    """A folder of images whose red tells the column and whose green tells the row."""
+    (tmp_path / "images").mkdir()
+    ramp = np.linspace(20, 235, 200)
+    pixels = np.stack(np.broadcast_arrays(ramp[None, :], ramp[:, None], 128), 2)
+    for i in range(6):
+        Image.fromarray(pixels.round().astype(np.uint8)).save(tmp_path / f"images/{i}.png")
 
 
-def blobs(picture, colour, solid=5):
-    """Centres (y, x), 0 being the border, of squares of pure colour; lines are thinner than `solid` pixels."""
-    mask = (picture == colour).all(2)
-    windows = np.lib.stride_tricks.sliding_window_view(mask, (solid, solid)).all((2, 3))
-    where = np.argwhere(windows)
-    return where.mean(0) + solid / 2 if len(where) else None
+@pytest.fixture
+def true_colours(monkeypatch):
+    """No colour augmentation."""
+    plain = lambda self, x: common.normalize(x.float() / 255)  # noqa: E731
+    monkeypatch.setattr(common.Photometric, "__call__", plain)
 
 
-@pytest.mark.parametrize("command,width,height", [
-    ("matches run", 750, 527), ("matches run --index 3 5 --num-matches 100", 750, 1042), ("correspond run", 996, 527),
-    ("heatmap run", 720, 290), ("heatmap run/backbone.pt --arch tiny_convnet --size 64 --index 1 2", 484, 568),
-    ("neighbors run --bank 6", 1044, 287), ("neighbors random --arch tiny_vit --size 64 --bank 6", 646, 287),
-    ("objects run --bank 4 --num-objects 1", 956, 420), ("objects random --arch tiny_vit --size 32 --bank 40", 956, None),
-    ("views --method vicregl", 1028, 287), ("views --method vicregl --views multicrop", 1028, 1112),
-    ("views --method bagssl --grid 0", 1028, 287), ("curves log.jsonl", 1008, 487), ("curves log.jsonl . --log", 1008, 293),
-])
-def test_size(draw, checkpoint, command, width, height):
-    torch.save(common.build_backbone("tiny_convnet").state_dict(), "run/backbone.pt")
-    with open("log.jsonl", "w") as log:
-        for step in range(1, 9):  # cov is nowhere positive, so the logarithmic axes are three
-            line = dict(step=step, epoch=step / 2, loss=40 / step, inv=0.3, cov=0.0, images_per_s=100.0 + step, lr=0.1)
-            log.write(json.dumps(line) + "\n")
-        log.write('{"step": 9, "ep')  # in the writing
-    picture = draw(command)
-    assert picture.shape[:2] == (height or picture.shape[0], width)  # the number of objects decides on the rows of frames
+def pictures(figure):
+    return [ax for ax in figure.axes if ax.images]
 
 
-def sampled(sample, flips, smallest=0.4, side=200):
-    """A seed for which `sample` gives views with these flips, large enough, and the views."""
-    for seed in range(1000):
-        views = sample(random.Random(f"{seed} 0"), side, side)
-        if [flip for _, flip, _ in views] == flips and min(min(box[2:]) for box, _, _ in views) > smallest * side:
-            return seed, views
+def colour_at(ax, point):
+    """The colour, from 0 to 255, of what an axes shows at (x, y) of its coordinates."""
+    shown = ax.images[0]
+    left, right, bottom, top = shown.get_extent()
+    pixels = np.asarray(shown.get_array(), dtype=float)
+    if pixels.max() <= 1:
+        pixels = 255 * pixels
+    row = (point[1] - top) / (bottom - top) * pixels.shape[0]
+    col = (point[0] - left) / (right - left) * pixels.shape[1]
+    limits = np.array(pixels.shape[:2]) - 1
+    return pixels[tuple(np.clip(np.floor([row, col]).astype(int), 0, limits))]
+
+
+def lines(figure, above):
+    """The lines that start in an axes: (start, end), (x, y) each, and which are drawn as right."""
+    found = [line for line in figure.artists if line.axesA is above]
+    ends = np.array([(line.xy1, line.xy2) for line in found])
+    return ends, [line.get_linestyle() == RIGHT["linestyle"] for line in found]
+
+
+def numbers(figure, ax):
+    """{number: (x, y)} of the marks in an axes."""
+    found = [text for text in figure.texts if text.get_transform() is ax.transData]
+    return {int(text.get_text()): text.get_position() for text in found}
 
 
 def centre(box, flip, row, col, grid):
@@ -96,178 +99,367 @@ def centre(box, flip, row, col, grid):
     return box[0] + y * box[2], box[1] + (1 - x if flip else x) * box[3]
 
 
-@pytest.mark.parametrize("flips", [[False, False], [True, False], [False, True], [True, True]])
-def test_matches_end_where_the_nearest_places_are(draw, checkpoint, tmp_path, flips):
-    gradient(tmp_path / "images")
-    kinds, n, grid = vicregl.VIEWS["two"], 6, 8
-    seed, views = sampled(lambda rng, h, w: vicregl.sample_views(rng, h, w, kinds, 64), flips)
-    picture = draw(f"matches run --data images --seed {seed} --num-matches {n}")
-    cells = [(row, col) for row in range(grid) for col in range(grid)]
-    places = [np.array([centre(*view[:2], *cell, grid) for cell in cells]) for view in views]
-    distances = np.linalg.norm(places[0][:, None] - places[1], axis=2).round(3)
-    left, top = GAP + 2 * (PANEL + 10 + GAP) + 5, picture.shape[0] - GAP - 5 - 2 * PANEL - 2 * GAP
-    column = picture[top:, left:]
-    ends = []
-    for colour in visualize.hues(n):
-        upper, lower = blobs(column[:PANEL + GAP], colour), blobs(column[PANEL + GAP:], colour)
-        if upper is not None and lower is not None:  # else a dot lies on another
-            ends.append([np.floor(end / PANEL * grid) for end in (upper, lower - [GAP, 0])])
-            for end, cell in zip((upper, lower - [GAP, 0]), ends[-1]):
-                np.testing.assert_allclose(end, (cell + 0.5) * PANEL / grid, atol=1)
-    assert len(ends) >= n - 2
-    found = [distances[cells.index(tuple(a)), cells.index(tuple(b))] for a, b in ends]
-    best = np.sort(distances.min(1))[:n]
-    assert set(found) <= set(best) and found == sorted(found)
+# --- all commands ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command,count,size", [
+    ("matches --checkpoint run", 5, (3, 2.2)),
+    ("matches --checkpoint run --index 3 --num-matches 20", 5, (3, 2.2)),
+    ("matches --arch tiny_vit --size 32", 5, (3, 2.2)),
+    ("correspond --checkpoint run", 8, (4, 2.2)),
+    ("objects --checkpoint run --bank-images 4 --num-objects 2", 6, (4, 2.2)),
+    ("heatmap --checkpoint run", 3, (3, 1.3)),
+    ("heatmap --checkpoint run/backbone.pt --arch tiny_convnet --size 50", 2, (2, 1.3)),
+    ("neighbors --checkpoint run --bank-images 3", 3, (4.8, 1.1)),
+    ("views --method vicregl --views multicrop --size 56", 16, (4, 4.4)),
+])
+def test_a_command_ends_with_a_file(
+        tmp_path, checkpoint, monkeypatch, capsys, command, count, size):
+    torch.save(common.build_backbone("tiny_convnet").state_dict(), tmp_path / "run/backbone.pt")
+    drawn = []
+    draw = visualize.draw
+    monkeypatch.setattr(visualize, "draw", lambda args: drawn.append(draw(args)) or drawn[0])
+    monkeypatch.setattr(visualize, "DPI", 20)
+    monkeypatch.chdir(tmp_path)
+    argv = ["visualize.py", *command.split(), "--out", "pictures/picture.png"]
+    monkeypatch.setattr(sys, "argv", argv)
+    visualize.main()
+    assert capsys.readouterr().out == "pictures/picture.png\n"
+    assert len(pictures(drawn[0])) == count
+    assert np.allclose(drawn[0].get_size_inches(), np.array(size) * SIDE)
+    picture = Image.open("pictures/picture.png")
+    assert picture.format == "PNG"
+    assert np.allclose(picture.size, np.array(size) * SIDE * 20, atol=1)
+
+
+@pytest.mark.parametrize("command", [
+    "matches --checkpoint run", "correspond --checkpoint run", "heatmap --checkpoint run",
+    "views --method cribo", "objects --checkpoint run --bank-images 3",
+])
+def test_a_view_has_448_pixels_or_more(figure, checkpoint, command):
+    drawn = figure(command)
+    assert drawn.dpi == DPI
+    drawn.draw_without_rendering()
+    for ax in pictures(drawn):
+        assert min(ax.get_window_extent().size) >= 448
+        ratio = ax.get_window_extent().height / ax.get_window_extent().width
+        assert ratio == pytest.approx(1, abs=0.01)  # nothing is distorted
+
+
+def test_the_same_seed_gives_the_same_picture(figure, checkpoint):
+    shown = []
+    for seed in (1, 1, 2):
+        drawn = figure(f"correspond --checkpoint run --seed {seed}")
+        shown.append([np.asarray(ax.images[0].get_array()) for ax in drawn.axes])
+    assert all(np.array_equal(a, b) for a, b in zip(shown[0], shown[1]))
+    assert not all(np.array_equal(a, b) for a, b in zip(shown[0], shown[2]))
+
+
+# --- geometry -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flips", FLIPS)
+def test_matches_by_place_end_where_the_nearest_places_are(
+        figure, checkpoint, gradient, monkeypatch, flips):
+    views = [(box, flip, 64) for box, flip in zip(BOXES, flips)]
+    monkeypatch.setattr(vicregl, "sample_views", lambda image, kinds, size: views)
+    drawn = figure("matches --checkpoint run --data images --num-matches 6")
+    axes = np.array(drawn.axes).reshape(2, 3)
+
+    source = [patch.get_bbox().bounds for patch in axes[0, 0].patches]
+    assert source == [(left, top, width, height) for top, left, height, width in BOXES]
+    labels = [text.get_text() for text in axes[0, 0].get_legend().get_texts()]
+    assert ["mirrored" in label for label in labels] == flips
+
+    cells = [(row, col) for row in range(8) for col in range(8)]
+    places = [np.array([centre(box, flip, *cell, 8) for cell in cells])
+              for box, flip in zip(BOXES, flips)]
+    distances = np.linalg.norm(places[0][:, None] - places[1], axis=2)
+    ends, _ = lines(drawn, axes[0, 2])
+    assert len(ends) == 6
+    numbered = [[np.ravel_multi_index((int(8 * y), int(8 * x)), (8, 8)) for x, y in pair]
+                for pair in ends]
+    found = [distances[a, b] for a, b in numbered]
+    np.testing.assert_allclose(found, np.sort(distances.min(1))[:6], atol=1e-4)
+    for (a, b), (start, end) in zip(numbered, ends):
+        np.testing.assert_allclose(np.array([*cells[a], *cells[b]]) + 0.5,
+                                   8 * np.array([*start[::-1], *end[::-1]]), atol=1e-5)
+
+
+def test_matches_by_feature_are_those_of_the_local_projector(figure, checkpoint, gradient):
+    drawn = figure("matches --checkpoint run --data images --num-matches 100")
+    axes = np.array(drawn.axes).reshape(2, 3)
+    ends, _ = lines(drawn, axes[0, 1])
+    assert len(ends) == 64
+    x = torch.stack([torch.from_numpy(np.array(ax.images[0].get_array())) for ax in axes[:, 1]])
+    x = common.normalize(x.permute(0, 3, 1, 2).float() / 255)
+    model = vicregl.VICRegL(common.build_backbone("tiny_convnet"), (32, 32), (16, 16))
+    model.load_state_dict(torch.load("run/last.pt")["model"])
+    with torch.no_grad():
+        maps, _ = model.eval().backbone(x)
+        maps = model.local_projector(maps.flatten(0, 1)).view(2, 64, -1).double()
+    distances = torch.cdist(*maps, compute_mode="donot_use_mm_for_euclid_dist")
+    a, b = [(8 * ends[:, i, 1]).astype(int) * 8 + (8 * ends[:, i, 0]).astype(int) for i in (0, 1)]
+    assert sorted(a) == list(range(64))
+    found = distances[torch.tensor(a), torch.tensor(b)]
+    np.testing.assert_allclose(found, distances.min(1).values[torch.tensor(a)], atol=1e-4)
+    assert (found.diff() > -1e-4).all()  # number 1 is the closest
+    for part in (axes[0, 1], axes[1, 1]):
+        assert sorted(numbers(drawn, part)) == list(range(1, 65))
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_true_correspondences_end_on_their_colour(draw, checkpoint, tmp_path, monkeypatch, flip):
-    gradient(tmp_path / "images")
-    monkeypatch.setattr(common.Photometric, "__call__", lambda self, x, generator: common.normalize(x.float() / 255))
-    seed, _ = sampled(lambda rng, h, w: lc_loss.sample_views(rng, h, w, 64), [False, flip])
-    dots = draw(f"correspond run --data images --seed {seed}")
-    monkeypatch.setattr(visualize.Marks, "drawn", lambda self: self.picture)
-    clean = draw(f"correspond run --data images --seed {seed}")
-    top = dots.shape[0] - GAP - 5 - 2 * PANEL - 2 * GAP
+def test_true_correspondences_end_on_their_colour(
+        figure, checkpoint, gradient, true_colours, monkeypatch, flip):
+    views = [((0, 0, 200, 200), False, 64), (BOXES[0], flip, 64)]
+    monkeypatch.setattr(lc_loss, "sample_views", lambda image, size: views)
+    drawn = figure("correspond --checkpoint run --data images")
+    axes = np.array(drawn.axes).reshape(2, 4)
     for column in (0, 2):  # the crop, the mirror image
-        left = GAP + column * (PANEL + 10 + GAP) + 5
-        colours, checked = np.unique(dots[top:, left:left + PANEL].reshape(-1, 3), axis=0, return_counts=True), 0
-        for colour in colours[0][colours[1] > 80]:
-            if tuple(colour) in [tuple(c) for c in clean.reshape(-1, 3)[::97]] or (colour == 255).all():
-                continue
-            upper, lower = (blobs(part[:, left:left + PANEL], colour)
-                            for part in (dots[top:top + PANEL + GAP], dots[top + PANEL + GAP:]))
-            if upper is not None and lower is not None:
-                a = clean[top:, left:][tuple(upper.astype(int))]
-                b = clean[top + PANEL + GAP:, left:][tuple(lower.astype(int))]
-                np.testing.assert_allclose(a, b, atol=4)  # 4 levels of 215 are 4 pixels of 224
-                checked += 1
-        assert checked >= 6
+        ends, right = lines(drawn, axes[0, column])
+        assert len(ends) == 15 and all(right)
+        for start, end in ends:
+            ours, theirs = colour_at(axes[0, column], start), colour_at(axes[1, column], end)
+            np.testing.assert_allclose(ours, theirs, atol=4)  # 4 of 215 are 4 pixels of 200
+        assert numbers(drawn, axes[1, column]) == {
+            i: pytest.approx(tuple(end)) for i, (_, end) in enumerate(ends, 1)}
 
 
-SAMPLES = {
-    "vicreg": lambda rng, h, w: vicreg.sample_views(rng, h, w, (0.2, 1.0), 64),
-    "vicregl": lambda rng, h, w: vicregl.sample_views(rng, h, w, vicregl.VIEWS["two"], 64),
-    "lc_loss": lambda rng, h, w: lc_loss.sample_views(rng, h, w, 64),
-    "cribo": lambda rng, h, w: cribo.sample_views(rng, h, w, 64),
-    "bagssl": lambda rng, h, w: bagssl.sample_patches(rng, h, w, (0.2, 0.2), 2, 64),
-}
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_prediction_is_right_in_the_location_of_the_truth(
+        figure, checkpoint, true_colours, monkeypatch, flip):
+    crop = ((0, 0, 96, 96), flip, 64)  # all of the image
+    views = [((0, 0, 96, 96), False, 64), crop]
+    monkeypatch.setattr(lc_loss, "sample_views", lambda image, size: views)
+    monkeypatch.setattr(visualize.correspond, "__defaults__", (64,))  # all lines
+    drawn = figure("correspond --checkpoint run --index 7")
+    axes = np.array(drawn.axes).reshape(2, 4)
+    for column in (0, 2):
+        truth, _ = lines(drawn, axes[0, column])
+        found, right = lines(drawn, axes[0, column + 1])
+        assert len(truth) == len(found) == 64
+        np.testing.assert_array_equal(truth[:, 0], found[:, 0])
+        same = (np.floor(8 * truth[:, 1]) == np.floor(8 * found[:, 1])).all(1)
+        assert same.tolist() == right
+        title = axes[0, column + 1].get_title()
+        assert title.endswith(f"{same.sum()} of 64 right")
+        if column == 0 and not flip:
+            assert same.all()  # both views are the same picture
 
 
-@pytest.mark.parametrize("method", SAMPLES)
+@pytest.mark.parametrize("method,sample", [
+    ("vicregl", "multicrop"), ("lc_loss", "two"), ("cribo", "two")])
 @pytest.mark.parametrize("flips", [[False, True], [True, False]])
-def test_numbers_lie_on_the_same_colour(draw, tmp_path, monkeypatch, method, flips):
-    """Each point, and in the image at least two of another row or column, so that colours tell them apart."""
-    gradient(tmp_path / "images")
-    monkeypatch.setattr(common.Photometric, "__call__", lambda self, x, generator: common.normalize(x.float() / 255))
-    flips = [False, flips[1]] if method == "lc_loss" else flips
-    seed, _ = sampled(SAMPLES[method], flips)
-    command = f"views --method {method} --data images --size 64 --seed {seed} --grid"
-    dots, clean = draw(f"{command} 4"), draw(f"{command} 0")
-    top, checked = dots.shape[0] - GAP - 18 - PANEL, 0
-    for view in range(2):
-        for colour in visualize.hues(16):
-            seen = []
-            for column in (2 * view, 2 * view + 1):
-                part = slice(top, top + PANEL + 18), slice(GAP + column * (PANEL + 18 + GAP), None)
-                at = np.argwhere((dots[part][:, :PANEL + 18] == colour).all(2))
-                if len(at):
-                    y, x = (at.min(0) + at.max(0)) // 2
-                    if 10 < min(y, x) and max(y, x) < PANEL + 8:  # beyond is the white margin
-                        seen.append(clean[part][y, x])
-            if len(seen) == 2:
-                np.testing.assert_allclose(*seen, atol=4)
-                checked += 1
-    assert checked >= (16 + 4 if method == "lc_loss" else 32)
+def test_numbers_lie_on_the_same_colour(
+        figure, gradient, true_colours, monkeypatch, method, sample, flips):
+    views = [(box, flip, 64) for box, flip in zip(BOXES, flips)]
+    if sample == "multicrop":
+        views += [((30, 60, 90, 100), True, 40), ((60, 30, 100, 90), False, 40)]
+    monkeypatch.setattr(visualize.METHODS[method], "sample_views", lambda *_, **__: views)
+    drawn = figure(f"views --method {method} --views {sample} --data images --size 64")
+    axes = np.array(drawn.axes).reshape(-1, 2)
+    assert len(axes) == len(views)
+    for (source, target), (box, flip, _) in zip(axes, views):
+        at_source, at_target = numbers(drawn, source), numbers(drawn, target)
+        assert at_source.keys() == at_target.keys()
+        assert len(at_source) == 16 if method != "lc_loss" else len(at_source) >= 4
+        (outline,) = source.patches
+        assert outline.get_bbox().bounds == (box[1], box[0], box[3], box[2])
+        assert ("mirrored" in target.get_title()) == flip
+        for number, point in at_source.items():
+            ours, theirs = colour_at(source, point), colour_at(target, at_target[number])
+            np.testing.assert_allclose(ours, theirs, atol=5)
 
 
-def test_heat_is_where_the_query_is(draw, checkpoint, tmp_path):
-    make_images(tmp_path / "images", 2, size=(96, 96), classes=0)
-    picture = draw("heatmap run --data images --query 0.3 0.6 --scale 0.05")
-    heat = picture[-GAP - 4 - visualize.LINE - PANEL:-GAP - 4 - visualize.LINE, -GAP - PANEL:-GAP]
-    peak = np.unravel_index((heat @ [1, 1, -1]).argmax(), (PANEL, PANEL))  # yellow
-    np.testing.assert_allclose(np.array(peak) / PANEL, [0.3, 0.6], atol=0.05)
+def test_visible_undoes_normalize():
+    x = torch.rand(2, 3, 4, 5)
+    torch.testing.assert_close(visualize.visible(common.normalize(x)), x)
 
 
-def frame_colours(picture, rows=5, nrow=8):
-    """The colour of each tile's frame in the last column of neighbors."""
-    left, top = picture.shape[1] - GAP - (nrow * 48 + 2), picture.shape[0] - GAP - (rows * 48 + 2)
-    return [tuple(picture[top + 48 * row + 3, left + 48 * col + 25]) for row in range(rows) for col in range(nrow)]
+# --- patches --------------------------------------------------------------------------------------
+
+def test_heat_is_where_the_query_is(figure, checkpoint, tmp_path):
+    make_images(tmp_path / "images", 2, size=(120, 96), classes=0)
+    drawn = figure("heatmap --checkpoint run --data images --query 0.3 0.6 --scale 0.05")
+    query, *spaces = pictures(drawn)
+    (box,) = query.patches
+    left, top, width, height = box.get_bbox().bounds
+    assert width == height == round((0.05 * 120 * 96) ** 0.5)
+    middle = np.array([left + width / 2, top + height / 2])
+    np.testing.assert_allclose(middle, [0.6 * 120, 0.3 * 96], atol=0.5 * (120 - width) / 16 + 0.5)
+    titles = [ax.get_title() for ax in spaces]
+    assert [title.split(":")[0] for title in titles] == ["embedding", "projection"]
+    for ax in spaces:
+        (mesh,) = ax.collections
+        heat = np.asarray(mesh.get_array())
+        assert heat.shape == (17, 17) and heat.max() == pytest.approx(1, abs=1e-5)
+        row, col = np.unravel_index(heat.argmax(), heat.shape)
+        corners = mesh.get_coordinates()[row : row + 2, col : col + 2]
+        np.testing.assert_allclose(corners.mean((0, 1)), middle, atol=0.5)
 
 
-def test_frames_tell_the_class(draw, checkpoint, tmp_path):
-    """The same image twice in its class and twice in another: these have the nearest patches."""
-    make_images(tmp_path / "flat", 2, (96, 96), classes=0)
-    for i, (name, source) in enumerate((("a", 0), ("a", 0), ("b", 0), ("b", 0), ("b", 1))):
-        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"images/{name}/{i}.jpg").write_bytes((tmp_path / f"flat/000{source}.jpg").read_bytes())
-    frames = frame_colours(draw("neighbors run --data images --query 0 0"))[1:5]
-    assert frames.count(GREEN) == 1 and frames.count(RED) == 2  # and the image itself
-    assert not {GREEN, RED} & set(frame_colours(draw("neighbors run --data flat"))[1:])
+def test_the_cells_of_a_heat_map_are_those_of_the_patches(figure, checkpoint, gradient):
+    drawn = figure("heatmap --checkpoint run --data images --scale 0.25")
+    image = Image.open("images/0.png")
+    boxes = [box for box, _, _ in bagssl.patch_grid(image, 0.25, 289, 64)]
+    middles = np.array([(left + width / 2, top + height / 2) for top, left, height, width in boxes])
+    mesh = pictures(drawn)[1].collections[0].get_coordinates()
+    cells = (mesh[1:, 1:] + mesh[:-1, :-1]) / 2
+    np.testing.assert_allclose(cells[1:-1, 1:-1].reshape(-1, 2),
+                               middles.reshape(17, 17, 2)[1:-1, 1:-1].reshape(-1, 2), atol=0.6)
+
+
+def test_the_nearest_patches_in_order(figure, checkpoint, tmp_path):
+    make_images(tmp_path / "images", 5, (96, 96), classes=0)
+    drawn = figure("neighbors --checkpoint run --data images --bank-images 3 --query 0.2 0.9")
+    query, embedding, _ = pictures(drawn)
+    (box,) = query.patches
+    left, top, width, height = box.get_bbox().bounds
+    assert top == 0 or left > 0  # of the 16: near the right border
+    image = Image.open("images/0000.jpg")
+    patch = common.cut(image, (int(top), int(left), int(height), int(width)), False, 64)
+
+    grid = torch.from_numpy(np.array(embedding.images[0].get_array())).permute(2, 0, 1)
+    tiles = [grid[:, 66 * row + 2 : 66 * row + 66, 66 * col + 2 : 66 * col + 66]
+             for row in range(5) for col in range(8)]
+    assert torch.equal(tiles[0], patch)
+    model = vicregl.VICRegL(common.build_backbone("tiny_convnet"), (32, 32), (16, 16))
+    model.load_state_dict(torch.load("run/last.pt")["model"])
+    with torch.no_grad():
+        _, y = model.eval().backbone(common.normalize(torch.stack(tiles).float() / 255))
+    similarity = F.cosine_similarity(y, y[:1])
+    assert (similarity.diff() < 1e-5).all() and similarity[0] > similarity[-1]
+    assert "of 64" in embedding.get_title()
+
+
+# --- objects --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def halves(monkeypatch):
+    """Clusters: the left and the right half of each view -> the positions that were passed."""
+    seen = []
+
+    def clustering(tokens, positions, num_objects, pos_weight):
+        seen.append(positions)
+        left = (torch.arange(64) % 8 < 4).float()
+        view = torch.stack([left, 1 - left], 1) / 32  # (N, 2)
+        return torch.cat([view, view]).expand(len(tokens), -1, -1)
+
+    monkeypatch.setattr(cribo, "joint_space_clustering", clustering)
+    return seen
+
+
+@pytest.mark.parametrize("flips", FLIPS)
+def test_clustering_gets_the_places_of_both_views(
+        figure, checkpoint, gradient, halves, monkeypatch, flips):
+    views = [(box, flip, 64) for box, flip in zip(BOXES, flips)]
+    monkeypatch.setattr(cribo, "sample_views", lambda image, size: views)
+    figure("objects --checkpoint run --data images --bank-images 3 --num-objects 2")
+    expected = [centre(box, flip, row, col, 8)
+                for box, flip in zip(BOXES, flips) for row in range(8) for col in range(8)]
+    np.testing.assert_allclose(halves[0], np.tile(expected, (6, 1, 1)), atol=1e-4)
 
 
 @pytest.mark.parametrize("holds", [True, False])
-def test_frames_tell_the_cycle(draw, checkpoint, monkeypatch, holds):
+def test_objects_their_nearest_and_frames(figure, checkpoint, gradient, halves, monkeypatch, holds):
     def matched(c_1, c_2, bank):
-        assert bank.ready
-        first = torch.zeros(len(c_1), dtype=torch.long)
-        return first, first, torch.full((len(c_1),), holds), torch.full((len(c_1),), not holds)  # of the first view
+        assert bank.ready and len(bank.objects[0]) == 6  # two objects of each of three images
+        assert len(c_1) == 6  # of the batch: the other three images
+        first = torch.ones(len(c_1), dtype=torch.long)
+        held = torch.full((len(c_1),), holds)
+        return first, 0 * first, held, ~held  # the first view counts
 
     monkeypatch.setattr(cribo, "cycle_consistent_matches", matched)
-    picture = draw("objects run --bank 4")
-    counts = [(picture == colour).all(2).sum() for colour in (GREEN, RED)]
-    assert counts[not holds] > 1000 and counts[holds] == 0
+    drawn = figure("objects --checkpoint run --data images --bank-images 3 --num-objects 2")
+    first, second, *tiles = pictures(drawn)
+    for ax in (first, second):
+        (x_1, _), (x_2, _) = numbers(drawn, ax).values()
+        assert x_1 < 0.5 < x_2
+    style = RIGHT if holds else WRONG
+    for ax in tiles:
+        (frame,) = ax.patches
+        assert frame.get_bbox().bounds == (0, 0, 1, 1)
+        assert frame.get_linestyle() == style["linestyle"]
+    shown = [np.asarray(ax.images[0].get_array()) for ax in tiles]
+    faded = [[(part >= 192).all() for part in np.split(view, 2, axis=1)] for view in shown]
+    # Object 1 is the left half; its nearest, entry 1 of the bank, is a right half; and so on.
+    assert faded == [[False, True], [True, False], [True, False], [True, False]]
 
 
-def test_object_masks():
-    assigned = torch.zeros(16, 2)
-    assigned[[1, 2, 5], 0] = 1 / 3
-    assigned[12, 1] = 1.0
-    masks = visualize.object_masks(assigned, 8)
-    assert masks.sum((1, 2)).tolist() == [12, 4]
-    assert masks[0, :2, 2:6].all() and masks[0, 2:4, 2:4].all() and masks[1, 6:, :2].all()
+# --- curves ---------------------------------------------------------------------------------------
+
+def write_log(folder, values, **more):
+    folder.mkdir(parents=True)
+    with open(folder / "log.jsonl", "w") as log:
+        for step, value in enumerate(values, 1):
+            line = dict(step=step, epoch=step / 4, loss=value, **more, lr=0.1)
+            log.write(json.dumps(line) + "\n")
+        log.write('{"step": 9, "ep')  # in the writing
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_curves_pass_through_their_values(log):
-    colour, points = (1, 2, 3), [(1.0, 10.0), (2.0, 1000.0), (4.0, 100.0)]
-    picture = np.asarray(visualize.plot([(points, colour)], 4.0, log)).astype(int)
-    where = np.argwhere((picture == colour).all(2))
-    (_, x0), (y1, x1) = where[where[:, 1].argmin()], where[where[:, 1].argmax()]
-    highest, lowest = where[where[:, 0].argmin()], where[where[:, 0].max() == where[:, 0]][0]
-    assert abs(x1 - (visualize.PLOT[0] - 8)) <= 2.5 and abs(highest[1] - (x0 + (x1 - x0) / 3)) <= 2.5
-    share = (lowest[0] - y1) / (lowest[0] - highest[0])  # of the way from 10 to 1000
-    assert abs(share - (0.5 if log else 90 / 990)) < 0.03
+def test_curves_pass_through_their_values(figure, tmp_path):
+    write_log(tmp_path / "runs/one", [10.0, 1000.0, 100.0])
+    write_log(tmp_path / "runs/two", [5.0], inv=0.5)
+    drawn = figure("curves runs/one runs/two")
+    loss, inv = [ax for ax in drawn.axes if ax.get_title()]
+    assert [loss.get_title(), inv.get_title()] == ["loss", "inv"]
+    assert [len(loss.lines), len(inv.lines)] == [4, 2]
+    for line in loss.lines[:2]:  # too short to be smoothed
+        np.testing.assert_allclose(line.get_xydata(), [[0.25, 10], [0.5, 1000], [0.75, 100]])
+    np.testing.assert_allclose(loss.lines[2].get_xydata(), [[0.25, 5.0]])
+    assert loss.lines[0].get_color() == loss.lines[1].get_color() != loss.lines[2].get_color()
+    (legend,) = drawn.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
 
 
-@pytest.mark.parametrize("low,high,log", [(0, 1, False), (-3.2, 0.4, False), (33.1, 44.9, False), (1.04, 1.31, True),
-                                          (0.002, 700, True), (1e-12, 1e3, True), (0, 1000, False), (5, 5.001, False)])
-def test_ticks(low, high, log):
-    values = visualize.ticks(low, high, log)
-    assert 3 <= len(values) <= 8 and low <= values[0] and values[-1] <= high and values == sorted(values)
-    assert all(float(f"{value:.6g}") == pytest.approx(value) for value in values)
+def test_smoothed_curves(figure, tmp_path):
+    values = np.sin(np.arange(100.0)).tolist()
+    write_log(tmp_path / "run", values)
+    raw, smooth = figure("curves run").axes[0].lines
+    np.testing.assert_allclose(raw.get_ydata(), values)
+    expected = [np.mean(values[i - 2 : i + 3]) for i in range(2, 98)]
+    np.testing.assert_allclose(smooth.get_ydata()[2:98], expected)
+    assert len(smooth.get_ydata()) == 100
+    np.testing.assert_allclose(visualize.smoothed([3.0] * 57), 3.0)
 
 
-@pytest.mark.parametrize("string", ["a title that is rather long for the picture that it stands above", "x" * 200, "i"])
-def test_text_is_not_clipped(string):
-    narrow, wide = np.asarray(visualize.text(string, 100)), np.asarray(visualize.text(string, 4000))
-    assert narrow.shape[0] % visualize.LINE == 0 and wide.shape[0] == visualize.LINE
-    ink = [np.abs(255 - picture.astype(int)).sum() for picture in (narrow, wide)]
-    assert abs(ink[0] - ink[1]) < 0.1 * ink[1]  # as much as on one long line
-
+# --- errors ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("command,words", [
-    ("matches nowhere", "no checkpoint at nowhere"), ("matches run --index 5000", "shapes has images 0 to 1999"),
-    ("views --data nothing", "no data set 'nothing'"), ("views --out picture.jpg", "must end in .png"),
-    ("views --views none", "--views none: vicregl has two, multicrop"),
-    ("heatmap run --scale 2", "--scale 2.0"), ("objects run --data flat", "flat has 4 images"),
-    ("objects run --num-objects 200", "128 locations"), ("curves nowhere", "nowhere is no log.jsonl"),
-    ("curves empty.jsonl", "still empty"), ("matches random", "--arch"), ("matches run --data broken", "mend or remove it"),
+    ("matches --checkpoint nowhere", "nowhere"),
+    ("matches --checkpoint run --index 5000", "shapes has 2000 images"),
+    ("matches --checkpoint run --index -1", "--index -1"),
+    ("matches --checkpoint run --size 60", "--size 60: it must be a multiple of 8"),
+    ("matches --checkpoint run --num-matches 0", "--num-matches 0: it must be 1 or more"),
+    ("matches --checkpoint run --data broken", "mend or remove it"),
+    ("matches", "--arch"),
+    ("matches --checkpoint run --seed -1", "--seed -1"),
+    ("matches --checkpoint run --seed x", "invalid int value"),
+    ("views --data nothing", "no data set 'nothing'"),
+    ("views --out picture.jpg", "must end in .png"),
+    ("views --views none", "--views"),
+    ("views --method none", "--method"),
+    ("heatmap --checkpoint run --scale 0", "--scale 0"),
+    ("objects --checkpoint run --data flat", "--bank-images 128: give less than 4"),
+    ("objects --checkpoint run --num-objects 200", "128 locations"),
+    ("objects --checkpoint run --size 60", "--size 60"),
+    ("curves", "curves needs"),
+    ("curves nowhere", "nowhere has no log.jsonl"),
+    ("curves empty", "empty has no log.jsonl of a run, or an empty one"),
+    ("nothing", "invalid choice"),
 ])
 def test_bad_input(tmp_path, checkpoint, monkeypatch, capsys, command, words):
     monkeypatch.chdir(tmp_path)
     make_images(tmp_path / "flat", 4, classes=0)
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/0.jpg").write_text("no image")
+    for folder, file in (("empty", "log.jsonl"), ("broken", "0.jpg")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("")
     assert words in user_error(visualize.main, monkeypatch, capsys, *command.split())
+
+
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "visualize")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit) as stop:
+        import visualize  # noqa: F401
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install matplotlib" in line

@@ -243,7 +243,7 @@ def correspond(args, data, backbone, lines=15):
 
 def objects(args, data, backbone, batch_size=32):
     """CrIBo, Figs. 3-4: the objects in both views of an image, each with the nearest in a bank.
-    Blue frames: the cycle of Eq. (4) holds in a batch of images; orange, dashed ones: it does not."""
+    Blue frames: the cycle of Eq. (4) holds in a batch of images; orange, dashed: it does not."""
     cribo.check_sizes(args, backbone.stride, len(data))
     indices = image_and_others(args, data, args.bank_images + batch_size - 1)
     grid = args.size // backbone.stride

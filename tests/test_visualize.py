@@ -48,11 +48,11 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def gradient(tmp_path):
-    """A folder of images whose red tells the column and whose green tells the row."""
+    """A folder of images: red tells the column, green the row, blue is 40 times the index."""
     (tmp_path / "images").mkdir()
     ramp = np.linspace(20, 235, 200)
-    pixels = np.stack(np.broadcast_arrays(ramp[None, :], ramp[:, None], 128), 2)
     for i in range(6):
+        pixels = np.stack(np.broadcast_arrays(ramp[None, :], ramp[:, None], 40 * i), 2)
         Image.fromarray(pixels.round().astype(np.uint8)).save(tmp_path / f"images/{i}.png")
 
 
@@ -152,6 +152,11 @@ def test_the_same_seed_gives_the_same_picture(figure, checkpoint):
         shown.append([np.asarray(ax.images[0].get_array()) for ax in drawn.axes])
     assert all(np.array_equal(a, b) for a, b in zip(shown[0], shown[1]))
     assert not all(np.array_equal(a, b) for a, b in zip(shown[0], shown[2]))
+
+
+def test_an_untrained_network_uses_its_running_statistics(figure, monkeypatch):
+    monkeypatch.setitem(visualize.COMMANDS, "matches", lambda args, data, backbone: backbone)
+    assert not figure("matches --arch tiny_convnet --size 64").training
 
 
 # --- geometry -------------------------------------------------------------------------------------
@@ -285,6 +290,8 @@ def test_heat_is_where_the_query_is(figure, checkpoint, tmp_path):
     assert width == height == round((0.05 * 120 * 96) ** 0.5)
     middle = np.array([left + width / 2, top + height / 2])
     np.testing.assert_allclose(middle, [0.6 * 120, 0.3 * 96], atol=0.5 * (120 - width) / 16 + 0.5)
+    heats = [np.asarray(ax.collections[0].get_array()) for ax in spaces]
+    assert not np.allclose(*heats)
     titles = [ax.get_title() for ax in spaces]
     assert [title.split(":")[0] for title in titles] == ["embedding", "projection"]
     for ax in spaces:
@@ -360,9 +367,17 @@ def test_clustering_gets_the_places_of_both_views(
 
 @pytest.mark.parametrize("holds", [True, False])
 def test_objects_their_nearest_and_frames(figure, checkpoint, gradient, halves, monkeypatch, holds):
+    found = []
+    represent = cribo.object_representations
+    monkeypatch.setattr(cribo, "object_representations",
+                        lambda *args: found.append(represent(*args)) or found[0])
+    monkeypatch.setattr(visualize, "image_and_others", lambda *args: list(range(6)))
+
     def matched(c_1, c_2, bank):
-        assert bank.ready and len(bank.objects[0]) == 6  # two objects of each of three images
-        assert len(c_1) == 6  # of the batch: the other three images
+        assert bank.ready
+        views = torch.stack(found[0][:2])  # (2, M, D): two objects of each of six images
+        assert torch.equal(torch.stack([c_1, c_2]), views[:, :6])  # the batch: three images
+        assert torch.equal(bank.objects, views[:, 6:])  # the bank: the other three
         first = torch.ones(len(c_1), dtype=torch.long)
         held = torch.full((len(c_1),), holds)
         return first, 0 * first, held, ~held  # the first view counts
@@ -382,6 +397,8 @@ def test_objects_their_nearest_and_frames(figure, checkpoint, gradient, halves, 
     faded = [[(part >= 192).all() for part in np.split(view, 2, axis=1)] for view in shown]
     # Object 1 is the left half; its nearest, entry 1 of the bank, is a right half; and so on.
     assert faded == [[False, True], [True, False], [True, False], [True, False]]
+    blue = [view[20, 20 if half == [False, True] else 50, 2] for view, half in zip(shown, faded)]
+    np.testing.assert_allclose(blue, [0, 40 * 3, 0, 40 * 3], atol=2)  # image 0, the bank's first
 
 
 # --- curves ---------------------------------------------------------------------------------------

@@ -1,121 +1,111 @@
-"""BagSSL: an image is represented by the bag of its patches' embeddings.
+# SPDX-License-Identifier: MIT
+"""BagSSL: Bag of Image Patch Embedding Behind the Success of Self-Supervised Learning.
 
-Yubei Chen, Adrien Bardes, Zengyi Li, Yann LeCun. "Bag of Image Patch Embedding Behind the Success of Self-Supervised
-Learning". TMLR 2023. arXiv:2206.08954
+Yubei Chen, Adrien Bardes, Zengyi Li, Yann LeCun. TMLR 2023, arXiv:2206.08954
 
-Joint-embedding methods model which patches occur together in an image. So each view is a small patch of one fixed scale,
-drawn towards another patch of the same image, and whatever keeps all of them from being the same will do: variance and
-covariance (VICReg), coding rate (TCR), contrast (SimCLR) or the spectral loss, of which the paper shows what it models.
-The image is then the mean of its patches' embeddings, taken before the projector.
+Joint-embedding methods learn which patches occur together in an image. So each view is a patch of
+one fixed scale, and two patches of an image should have similar projections z. Four objectives keep
+all z from being the same: VICReg, total coding rate (TCR), SimCLR and the spectral loss. The image
+is then a bag: the mean of its patches' embeddings, before the projector (names as in Appendix D).
 
-    python bagssl.py                                                   # a demonstration: scenes made in memory, on a CPU
-    python bagssl.py --data cifar10 --loss tcr                         # one GPU: also vicreg, simclr, spectral
-    torchrun --nproc_per_node=8 bagssl.py --data imagenet              # eight: Appendix C.3
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 bagssl.py --data imagenet
-    python evaluate.py bag --checkpoint runs/bagssl-cifar10            # bags of 1, 4, 16, 64 and 256 patches
+    python bagssl.py                                         # a demonstration, on a CPU
+    python bagssl.py --data cifar10 --loss tcr               # one GPU; or vicreg, simclr, spectral
+    torchrun --nproc_per_node=8 bagssl.py --data imagenet    # 8 GPUs: the paper's 800 epochs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d \
+        --rdzv_endpoint=HOST:29500 bagssl.py --data imagenet # on each of 4 nodes, HOST one of them
+    python -m evaluate bag --checkpoint runs/bagssl-shapes --bags 1 16    # accuracy of bags
 
-    Eq. (6)       spectral_loss                     Appendix C.1-C.3  RECIPES, COEFFICIENTS, total_coding_rate, nt_xent
-    Eq. (7)       total_coding_rate, covariance     Appendix C.4      local_aggregation
-    In all that vicreg_loss() is made of, equations, Algorithm 1 and Appendix B are those of VICReg, arXiv:2105.04906.
+    Eq. (6)  spectral_loss     Appendix C.1-C.3  RECIPES, bag_loss, total_coding_rate, nt_xent
+    Eq. (7)  off_diagonal      Appendix C.4      local_aggregation
+    vicreg_loss and what it calls cite VICReg, arXiv:2105.04906v1: "VICReg Eq. (n)", Algorithm 1.
 
 Differences
- 1. Written from the paper's appendix alone. Not in it: TCR's formula (its authors' EMP-SSL has this one: the mean of both
-    patches' rates, each with l2-normalised embeddings), the patches' scale of 0.2 (14 x 14 of 32 x 32 on CIFAR), and
-    that the bag is a plain mean, without normalisation before it.
- 2. Patches are squares: Appendix D's "scale 0.1" is 71 x 71 of 224 x 224. They are resized to --size, on CIFAR from 14 to
-    32 pixels, which the appendix leaves open. A range, `--patch-scale 0.08-1`, draws crops as BYOL does, which makes
-    Appendix D's "multi-scale" model.
- 3. With `--patches` above 2 the loss is the mean over all pairs, since the objectives model p(x_1, x_2), and BYOL's two
-    colour augmentations alternate. All patches go through the network as one batch, for BatchNorm too.
- 4. Eq. (6) is estimated without bias: its second mean is over patches of different images. Embeddings have length one, as
-    Appendix B assumes. Without that the optimum, w z_1^T z_2 = p(x_1, x_2) / (p(x_1) p(x_2)), would be in reach, but
-    training starts from losses of 1e5 with the 8192-wide projector, and then stays long with the constant solution.
- 5. The first equality of Eq. (7) holds up to the constant N - d. "1/d I_N" below it must read N/d I_d.
- 6. Learning rates are read as base rates for a batch of 256, as in vicreg.py. imagenet's lambda of TCR is imagenet100's.
-    shapes is this project's own recipe.
- 7. C.4 pools 5 x 5 maps to 2 x 2. The stem here makes 4 x 4 of the same images; windows over the lower and right border
-    average what there is, so that both give 2 x 2.
- 8. As in vicreg.py: no bias in the projector's last layer, LARS neither decays nor scales biases and normalisation,
-    residual branches start at zero, incomplete batches are dropped. The linear classifier that reports accuracy while
-    training sees the bag of an image's --patches patches; the k-NN at the end, as everywhere, sees whole images.
+ 1. Written from the paper's appendix alone. It does not give the formula of TCR (here that of
+    EMP-SSL, arXiv:2304.03977), the patches' scale (0.2 of the area; on CIFAR 14 x 14 of 32 x 32),
+    or whether the bag normalizes embeddings before it takes their mean (no).
+ 2. EMP-SSL's similarity is that of a patch to the mean of the image's patches; ours is between
+    patches. With `--patches` above 2, the loss is the mean over all pairs, as Eq. (6) is about
+    pairs, and BYOL's two colour augmentations take turns. All patches are one batch for BatchNorm.
+ 3. A patch is a square, as in Appendix D (71 x 71 of 224 x 224 is scale 0.1), its scale a share of
+    the whole image's area. A range, `--patch-scale 0.08-1`, draws crops as BYOL does.
+ 4. Eq. (6) is estimated without bias: its second mean leaves out the pairs of the first. All z
+    have length one, as in Appendix B: without that, 8192 dimensions start at a loss of 1e5.
+ 5. The first equality of Eq. (7) holds up to the constant N - d; 1/d I_N below it must be N/d I_d.
+ 6. TCR's lambda is 0.234 D by default: C.1 has 30 for 128 dimensions, C.2 has 1920 for 8192. For
+    CIFAR-100's 512 dimensions C.1 has 30 too; its recipe follows that.
+ 7. C.4's 5 x 5 maps give 2 x 2 windows. Here 4 x 4 maps do so too, with smaller ones at the border.
+ 8. Learning rates are read as base rates. The recipe of shapes is our own. As in vicreg.py: no bias
+    in the projector's last layer, residual branches start at zero, incomplete batches are dropped,
+    float32 losses, LARS as there. A linear classifier on detached bags reports accuracy.
 """
 import argparse
+import functools
 import itertools
 import math
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
+from torchvision.transforms import RandomResizedCrop
 
-# --- 1. Views and positions ----------------------------------------------------------------------------------------
+# --- 1. Views and positions -----------------------------------------------------------------------
 
 JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
-COLOURS = dict(jitter=JITTER, blur_p=1.0, solarize_p=0.0), dict(jitter=JITTER, blur_p=0.1, solarize_p=0.2)  # BYOL's two
+COLOURS = [dict(jitter=JITTER, blur_p=1.0), dict(jitter=JITTER, blur_p=0.1, solarize_p=0.2)]  # BYOL
 
 
-def random_box(rng, height, width, area, ratio=(3 / 4, 4 / 3)):
-    """A random crop (top, left, height, width) in pixels, drawn as torchvision's RandomResizedCrop draws it.
+def sample_patches(image, area, patches, size):
+    """Random patches of a PIL image, [(box, flip, size), ...], drawn with torch's global generator.
 
-    rng: a random.Random; area: range of the crop's share of the image; ratio: range of width / height.
+    box: (top, left, height, width) in pixels, its share of the image in the range `area`, a square
+    where that is one number; flip: mirrored left to right; size: the view's side in pixels.
     """
-    for _ in range(10):
-        pixels = rng.uniform(*area) * height * width
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        h, w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def sample_patches(rng, height, width, area, patches, size):
-    """Patches of an image of height x width pixels: [(box, flip, size), ...]. Squares where the scale is fixed."""
     ratio = (1, 1) if area[0] == area[1] else (3 / 4, 4 / 3)
-    return [(random_box(rng, height, width, area, ratio), rng.random() < 0.5, size) for _ in range(patches)]
+    boxes = [RandomResizedCrop.get_params(image, area, ratio) for _ in range(patches)]
+    return [(box, torch.rand(()).item() < 0.5, size) for box in boxes]
 
 
-def image_side(patch, scale):
-    """The side of a square image of which a square of `patch` pixels is the share `scale` of the area."""
-    return round(patch / math.sqrt(scale))
+def patch_grid(image, scale, count, size):
+    """A dense grid of `count` patches, as sample_patches() gives them; a single one is central.
 
-
-def patch_grid(pixels, patch, count):
-    """A dense grid of `count` (1, 4, 9, ...) square patches in a square image, from border to border; one: in the centre.
-
-    pixels, patch: the sides of both -> boxes [(top, left, height, width), ...] in pixels, row by row. ValueError unless
-    `count` is a square.
+    Each has the share `scale` of the image's area. Raises ValueError unless `count` is a square.
     """
-    grid, room = math.isqrt(count), pixels - patch
-    if count < 1 or grid ** 2 != count:
+    grid = math.isqrt(count)
+    if count < 1 or grid**2 != count:
         raise ValueError(f"{count} patches are no square grid")
-    starts = [round(room * i / (grid - 1)) for i in range(grid)] if grid > 1 else [room // 2]
-    return [(top, left, patch, patch) for top in starts for left in starts]
+    side = round(math.sqrt(scale * image.height * image.width))
+    side = min(side, image.height, image.width)
+    shares = [i / (grid - 1) for i in range(grid)] if grid > 1 else [0.5]
+    tops = [round(share * (image.height - side)) for share in shares]
+    lefts = [round(share * (image.width - side)) for share in shares]
+    corners = itertools.product(tops, lefts)
+    return [((top, left, side, side), False, size) for top, left in corners]
 
 
-# --- 2. Loss -------------------------------------------------------------------------------------------------------
+# --- 2. Loss --------------------------------------------------------------------------------------
 
-
-class AllSum(torch.autograd.Function):
-    """The sum over processes; its gradient is the sum of theirs (a plain dist.all_reduce would give 1/G of it)."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return AllSum.forward(ctx, grad)
+def float32(x):
+    """x in float32 (float64 stays): in half precision, z^T z would overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def all_sum(x):
-    return AllSum.apply(x) if dist.is_initialized() else x
+    """The sum of x over G processes that all go on to compute the same loss from it.
+
+    The loss then has one gradient g with respect to the sum, the same on each process. DDP takes
+    the mean of gradients, so x needs G g; through a plain dist.all_reduce it would get g.
+    """
+    if not dist.is_initialized():
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total + dist.get_world_size() * (x - x.detach())  # adds 0, with gradient G
 
 
 def all_rows(z):
-    """The rows (n/G, D) of each process -> (n, D), those of all; without gradient."""
+    """The rows (n/G, D) of each process -> (n, D), those of all, without gradient."""
     if not dist.is_initialized():
         return z.detach()
     rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -123,150 +113,193 @@ def all_rows(z):
     return torch.cat(rows)
 
 
-def gather(z):
-    """The rows of all processes as in all_rows(), with gradient: the sum of what each process has for a row."""
-    if not dist.is_initialized():
-        return z
-    before, after = len(z) * dist.get_rank(), len(z) * (dist.get_world_size() - dist.get_rank() - 1)
-    return all_sum(F.pad(z, (0, 0, before, after)))  # (n/G, D) -> (n, D)
+def twice_the_gradient(x):
+    return 2 * x - x.detach()
 
 
 def moments(z):
-    """Mean and variance (D,) of each dimension over the rows z (n/G, D) of all processes, and n. Eq. (2).
+    """z (n/G, D) minus its mean over all processes' n rows, variances (D,), n. VICReg Eq. (2).
 
-    Raises RuntimeError where processes hold unequal numbers of rows.
+    Raises RuntimeError on every process where they hold unequal numbers of rows.
     """
-    var, mean = torch.var_mean(z, 0, correction=0)  # keeps only z for the backward pass, where z - mean would be a copy
-    if not dist.is_initialized():
-        return mean, var * len(z) / (len(z) - 1), len(z)
-    n = len(z) * dist.get_world_size()
-    total = all_sum(torch.cat([len(z) * mean, z.new_full((1,), len(z))]))  # (D + 1,)
-    torch._assert_async(total[-1] == n, "the processes hold batches of unequal size")  # the GPU is not waited for
-    mean_of_all = total[:-1] / n
-    var = var + (mean - mean_of_all).square()  # (D,), about the mean of all
-    return mean_of_all, all_sum(len(z) * var) / (n - 1), n
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    count = z.new_zeros(world)
+    count[rank] = len(z)
+    # No gradient goes through the mean. It would cancel, as the centred rows sum to zero.
+    total = all_sum(torch.cat([z.detach().sum(0), count]))  # (D + G,)
+    total, count = total.split([z.shape[1], world])
+    torch._assert_async((count == count[0]).all(), "the processes hold batches of unequal size")
+
+    n = len(z) * world
+    z = z - total / n
+    var = all_sum(z.square().sum(0)) / (n - 1)  # (D,)
+    return z, var, n
 
 
-def invariance(z_a, z_b):
-    """Mean squared error between the embeddings (n/G, D) of two views. Eq. (5), averaged over D as in Algorithm 1."""
-    return F.mse_loss(z_a, z_b)
-
-
-def variance(z, gamma=1.0, eps=1e-4):
-    """Hinge on each dimension's standard deviation over the global batch. z (n/G, D) -> scalar. Eq. (1)."""
-    _, var, _ = moments(z)
+def hinge(var, gamma=1.0, eps=1e-4):
+    """Variances (D,) -> how far standard deviations are below gamma, on average. VICReg Eq. (1)."""
     return F.relu(gamma - torch.sqrt(var + eps)).mean()
 
 
-def covariance(z):
-    """Sum of squared off-diagonal covariances over the global batch, / D. z (n/G, D) -> scalar. Eqs. (3), (4).
+def off_diagonal(z, var, n):
+    """Sum of squared off-diagonal covariances, / D, from moments(z). VICReg Eqs. (3), (4).
 
-    With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F, so the sum is ||C||^2 or ||S||^2, whichever
-    matrix is smaller, minus the squared variances. Differentiable once.
+    With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F: the smaller one serves.
+    This duality is BagSSL's Eq. (7).
     """
-    mean, var, n = moments(z)  # (D,); var is the diagonal of C
-    z, d = z - mean, z.shape[1]
-    if n < d:
-        s = z @ all_rows(z).T / (n - 1)  # (n/G, D) (D, n) -> (n/G, n): this process's rows of S
-        mine = s.square().sum()
-        total = all_sum(2 * mine - mine.detach())  # S is symmetric: through its rows flows half of the gradient
-    else:
-        total = (all_sum(z.T @ z) / (n - 1)).square().sum()  # (D, n) (n, D) -> (D, D)  Eq. (3)
-    return (total - var.square().sum()) / d  # Eq. (4)
+    d = z.shape[1]
+    with torch.autocast(z.device.type, enabled=False):
+        if n >= d:
+            c = all_sum(z.T @ z) / (n - 1)  # (D, n/G) (n/G, D) -> (D, D)  Eq. (3)
+            squares = c.square().sum()
+        else:
+            s = z @ all_rows(z).T / (n - 1)  # (n/G, D) (D, n) -> (n/G, n): some rows of S
+            # d||S||^2 = 2 <S, dz z^T + z dz^T>: two equal halves, and all_rows() passes on one.
+            squares = all_sum(twice_the_gradient(s.square().sum()))
+    return (squares - var.square().sum()) / d  # the diagonal of C holds the variances.  Eq. (4)
+
+
+def invariance(z_a, z_b):
+    """Mean squared error of patches' projections (n/G, D). VICReg Eq. (5), as in Algorithm 1."""
+    if z_a.shape != z_b.shape:
+        raise ValueError(f"embeddings of different shapes: {list(z_a.shape)}, {list(z_b.shape)}")
+    return F.mse_loss(float32(z_a), float32(z_b))
 
 
 def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
-    """Eq. (6) as Algorithm 1 writes it, lambda, mu and nu being the coefficients of inv, var and cov.
+    """VICReg Eq. (6) as Algorithm 1 writes it; lambda, mu, nu are inv_, var_ and cov_coeff.
 
-    Embeddings z_a, z_b (n/G, D), n > 1 -> the loss, and its three unweighted terms. On G processes, which must all call
-    it, var and cov are those of all n rows, and the gradient that DDP averages equals that of one process. Raises
-    RuntimeError if the processes hold unequal numbers of rows.
+    Projections z_a, z_b (n/G, D), n > 1 -> the loss, and its terms, unweighted. A collective: var
+    and cov are those of all n rows. Once differentiable; raises as moments() does.
     """
-    with torch.autocast(z_a.device.type, enabled=False):
-        z_a, z_b = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_a, z_b))
-        inv = invariance(z_a, z_b)
-        var = variance(z_a) + variance(z_b)
-        cov = covariance(z_a) + covariance(z_b)
-        return inv_coeff * inv + var_coeff * var + cov_coeff * cov, {"inv": inv, "var": var, "cov": cov}
+    inv = invariance(z_a, z_b)
+    z_a, var_a, n = moments(float32(z_a))
+    z_b, var_b, n = moments(float32(z_b))
+    var = hinge(var_a) + hinge(var_b)
+    cov = off_diagonal(z_a, var_a, n) + off_diagonal(z_b, var_b, n)
+    loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
+    return loss, {"inv": inv, "var": var, "cov": cov}
+
+
+class Gather(torch.autograd.Function):
+    """all_rows() with gradient, for losses that differ between the processes: what each of them
+    asks of a row is added up."""
+
+    @staticmethod
+    def forward(ctx, z):
+        moments(z[:, :1])  # counts the rows of each process; one column is enough
+        return all_rows(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not dist.is_initialized():
+            return grad
+        total = all_sum(grad.contiguous())  # (n, D)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def total_coding_rate(z, eps=0.2):
-    """1/2 logdet(I + D / (n eps) z^T z) over the global batch, for embeddings z (n/G, D) of unit length -> scalar.
+    """1/2 logdet(I + D / (n eps) z^T z) of rows z (n/G, D) of length one: the volume they span.
 
-    The volume that they span, in nats. z^T z (D x D) and z z^T (n x n) have the same eigenvalues but for zeros, so the
-    determinant is that of the smaller one. Differentiable once.
+    In nats, the same on all processes. A collective, once differentiable; raises as moments() does.
     """
-    d, n = z.shape[1], len(z) * (dist.get_world_size() if dist.is_initialized() else 1)
-    if n < d:
-        s = z @ all_rows(z).T  # (n/G, D) (D, n) -> (n/G, n): this process's rows of z z^T
-        product = gather(2 * s - s.detach())  # (n, n), symmetric: through its rows flows half of the gradient
-    else:
-        product = all_sum(z.T @ z)  # (D, n/G) (n/G, D) -> (D, D)
-    matrix = torch.eye(len(product), dtype=z.dtype, device=z.device) + d / (n * eps) * product
-    return torch.linalg.cholesky_ex(matrix).L.diagonal().log().sum()  # of the root's diagonal: half the logdet
+    rows = Gather.apply(float32(z))  # (n, D)
+    n, d = rows.shape
+    with torch.autocast(z.device.type, enabled=False):
+        # z^T z and z z^T have the same eigenvalues but for zeros, which add log 1.
+        x = rows.T if n >= d else rows  # x x^T is the smaller one; its factors have equal gradients
+        product = twice_the_gradient(x @ x.detach().T)  # (D, n) (n, D) or (n, D) (D, n)
+        identity = torch.eye(len(product), dtype=rows.dtype, device=rows.device)
+        root = torch.linalg.cholesky_ex(identity + d / (n * eps) * product).L
+    return root.diagonal().log().sum()  # half of the logarithm of det = det(root)^2
 
 
 def nt_xent(z_a, z_b, temperature=0.1):
-    """SimCLR's loss: each of the 2n embeddings must tell its partner from the 2n - 2 others by cosine similarity.
+    """SimCLR's loss: each of 2n projections finds its partner among the 2n - 1 others, by cosine.
 
-    z_a, z_b (n/G, D) -> scalar, the mean over this process's 2n/G; the others are those of all processes.
+    z_a, z_b (n/G, D) -> the mean over this process's 2n/G. A collective, as total_coding_rate() is.
     """
-    z = F.normalize(torch.cat([z_a, z_b]), dim=1)
-    everyone = gather(z)  # (2n, D), a and b of one process after those of another
-    first = len(z) * dist.get_rank() if dist.is_initialized() else 0
-    logits = z @ everyone.T / temperature  # (2n/G, D) (D, 2n) -> (2n/G, 2n)
-    logits.diagonal(first).fill_(-torch.inf)  # nobody's partner is itself
+    z = torch.stack([z_a, z_b]).flatten(0, 1)  # (2n/G, D)
+    z = F.normalize(float32(z), dim=1)
+    rows = Gather.apply(z)  # (2n, D)
+    first = len(z) * dist.get_rank() if dist.is_initialized() else 0  # where z begins in them
+    with torch.autocast(z.device.type, enabled=False):
+        logits = z @ rows.T / temperature  # (2n/G, D) (D, 2n) -> (2n/G, 2n)
+    logits.diagonal(first).fill_(-torch.inf)  # not its own partner
     partner = first + torch.arange(len(z), device=z.device).roll(len(z_a))
     return F.cross_entropy(logits, partner)
 
 
 def spectral_loss(z_a, z_b, lam=1.0):
-    """-E[z_1^T z_2] over patches of one image + lam E[(z_1^T z_2)^2] over independent ones. Eq. (6), lam = w / 2.
+    """-E[z_1^T z_2] of one image's patches + lam E[(z_1^T z_2)^2] of independent ones. Eq. (6).
 
-    z_a, z_b (n/G, D), n > 1 -> scalar, the mean over this process's rows of z_a; its expectation is Eq. (6).
+    z_a, z_b (n/G, D) -> the mean over this process's z_a. A collective, as total_coding_rate() is.
     """
-    everyone = gather(z_b)
-    products = z_a @ everyone.T  # (n/G, D) (D, n) -> (n/G, n)
-    together = (z_a * z_b).sum(1)  # (n/G,), those of one image: not independent
-    independent = (products.square().sum(1) - together.square()) / (len(everyone) - 1)
-    return (lam * independent - together).mean()
+    z_a = float32(z_a)
+    z_b = float32(z_b)
+    rows = Gather.apply(z_b)  # (n, D)
+    with torch.autocast(z_a.device.type, enabled=False):
+        products = z_a @ rows.T  # (n/G, D) (D, n) -> (n/G, n)
+    together = (z_a * z_b).sum(1)  # (n/G,): of one image
+    apart = products.square().sum(1) - together.square()  # (n/G,): of n - 1 other images
+    return (lam * apart / (len(rows) - 1) - together).mean()
 
 
-def pair_loss(z_a, z_b, objective, *coefficients):
-    """An objective for two patches of each image. z_a, z_b (n/G, D) -> the loss, and its unweighted terms.
+def similarity(z):
+    """The mean cosine over all pairs of an image's patches z (P, n/G, D) of length one."""
+    p = len(z)
+    squares = z.sum(0).square().sum(1)  # (n/G,): |z_1 + ... + z_P|^2 has P ones, each pair twice
+    return (squares.mean() - p) / (p * (p - 1))
 
-    objective: "vicreg", "tcr", "simclr" or "spectral"; coefficients: in the order of COEFFICIENTS.
+
+def vicreg_of_bag(z, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
+    """The mean of vicreg_loss() over all pairs of patches z (P, n/G, D), in a time linear in P."""
+    patches = [moments(z_p) for z_p in z]
+    spread = (z - z.mean(0)).square().sum(0)  # (n/G, D)
+    inv = 2 * spread.mean() / (len(z) - 1)  # (z_a - z_b)^2 over pairs is twice a variance
+    hinges = [hinge(var_p) for _, var_p, _ in patches]
+    var = 2 * torch.stack(hinges).mean()
+    cov = 2 * torch.stack([off_diagonal(*patch) for patch in patches]).mean()
+    loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
+    return loss, {"inv": inv, "var": var, "cov": cov}
+
+
+def tcr_of_bag(z, lam=None, eps=0.2):
+    """-(lam similarity + coding rate) of patches z (P, n/G, D) of length one; lam None: 0.234 D."""
+    if lam is None:
+        lam = 30 / 128 * z.shape[2]  # Appendices C.1 and C.2
+    sim = similarity(z)
+    tcr = torch.stack([total_coding_rate(z_p, eps) for z_p in z]).mean()
+    return -(lam * sim + tcr), {"sim": sim, "tcr": tcr}
+
+
+def bag_loss(projections, objective="vicreg", *coefficients):
+    """The mean of an objective over all pairs of an image's patches -> the loss, and its terms.
+
+    projections: P > 1 tensors (n/G, D); coefficients: of vicreg_of_bag, tcr_of_bag, nt_xent or
+    spectral_loss. The terms are unweighted. A collective of G processes: DDP's mean gradient is
+    that of one process with all n rows. Once differentiable; raises as moments() does.
     """
+    z = float32(torch.stack(list(projections)))  # (P, n/G, D)
     if objective == "vicreg":
-        return vicreg_loss(z_a, z_b, *coefficients)
-    unit_a, unit_b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
-    sim = (unit_a * unit_b).sum(1).mean()
+        return vicreg_of_bag(z, *coefficients)
+    z = F.normalize(z, dim=2)
     if objective == "tcr":
-        lam, eps = coefficients
-        tcr = (total_coding_rate(unit_a, eps) + total_coding_rate(unit_b, eps)) / 2
-        return -(lam * sim + tcr), {"sim": sim, "tcr": tcr}
-    loss = {"simclr": nt_xent, "spectral": spectral_loss}[objective]
-    return loss(unit_a, unit_b, *coefficients), {"sim": sim}
+        return tcr_of_bag(z, *coefficients)
+    pair_loss = {"simclr": nt_xent, "spectral": spectral_loss}[objective]
+    pairs = itertools.combinations(z, 2)
+    losses = [pair_loss(z_a, z_b, *coefficients) for z_a, z_b in pairs]
+    return torch.stack(losses).mean(), {"sim": similarity(z)}
 
 
-def bag_loss(embeddings, objective="vicreg", *coefficients):
-    """The mean of pair_loss() over all pairs of an image's patches -> the loss, and its unweighted terms.
+# --- 3. Model -------------------------------------------------------------------------------------
 
-    embeddings: P > 1 tensors (n/G, D). On G processes, which must all call it with equally many rows, the gradient that
-    DDP averages equals that of one process.
-    """
-    with torch.autocast(embeddings[0].device.type, enabled=False):
-        embeddings = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in embeddings]
-        pairs = itertools.combinations(embeddings, 2)
-        losses, parts = zip(*(pair_loss(*pair, objective, *coefficients) for pair in pairs))
-        return torch.stack(losses).mean(), {key: torch.stack([p[key] for p in parts]).mean() for key in parts[0]}
-
-
-# --- 3. Model ------------------------------------------------------------------------------------------------------
+def widths(text):
+    return [int(width) for width in text.split("-")]
 
 
 def mlp(*widths):
-    """The projector: linear layers, each but the last with batch normalisation and ReLU. Appendix B.1."""
+    """The projector: linear layers; batch normalization and ReLU after all but the last."""
     layers = []
     for i, o in zip(widths[:-2], widths[1:-1]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
@@ -278,127 +311,128 @@ def bag_embedding(patch_embeddings):
     return patch_embeddings.mean(1)
 
 
-def image_embedding(embed, x, patch, count):
-    """The bag of a dense grid over whole images.
-
-    embed: patches (B, 3, patch, patch) -> (B, D); x (B, 3, R, R): images at the size where a patch has `patch` pixels,
-    so that cutting needs no resizing: R = image_side(patch, scale) -> (B, D).
-    """
-    boxes = patch_grid(x.shape[2], patch, count)
-    return bag_embedding(torch.stack([embed(x[:, :, top:top + h, left:left + w]) for top, left, h, w in boxes], 1))
-
-
 def local_aggregation(maps):
-    """Average pooling of square maps with window 3 and stride 2, flattened. Appendix C.4. (B, N, D) -> (B, D h w)."""
+    """Average pooling of maps (B, N, D) with window 3 and stride 2, flattened. Appendix C.4.
+
+    Raises ValueError unless the maps are square.
+    """
     side = math.isqrt(maps.shape[1])
-    maps = maps.mT.unflatten(2, (side, side))  # (B, D, H, W)
+    if side**2 != maps.shape[1]:
+        raise ValueError(f"maps of {maps.shape[1]} locations are not square")
+    maps = rearrange(maps, "b (h w) d -> b d h w", h=side)
     return F.avg_pool2d(maps, min(3, side), 2, ceil_mode=True).flatten(1)
 
 
 class BagSSL(nn.Module):
-    """backbone: images (B, 3, H0, W0) -> maps (B, N, D), pooled (B, D = backbone.dim); widths: the projector's."""
+    """backbone: images (B, 3, H0, W0) -> maps (B, N, D), representations (B, D), with D = .dim"""
 
     def __init__(self, backbone, widths=(8192, 8192, 8192), num_classes=0):
         super().__init__()
-        self.backbone, self.projector = backbone, mlp(backbone.dim, *widths)
+        self.backbone = backbone
+        self.projector = mlp(backbone.dim, *widths)
         self.probe = nn.Linear(backbone.dim, num_classes) if num_classes else None
 
     def forward(self, patches):
-        """P patches of each image, P x (B, 3, H0, W0) -> P embeddings (B, widths[-1]), and the probe's logits of their
-        bag (B, classes) or None."""
-        _, y = self.backbone(torch.cat(patches))  # representations (P B, D)
-        bag = bag_embedding(y.detach().unflatten(0, (len(patches), -1)).transpose(0, 1))  # (P, B, D) -> (B, P, D) -> (B, D)
+        """P patches (B, 3, H0, W0) of each image -> P projections (B, widths[-1]), and logits of
+        the bag of their representations, detached, (B, classes) or None."""
+        p = len(patches)
+        _, y = self.backbone(torch.cat(patches))  # (P B, D)
+        bag = bag_embedding(rearrange(y.detach(), "(p b) d -> b p d", p=p))
         logits = self.probe(bag) if self.probe else None
-        return self.projector(y).chunk(len(patches)), logits
+        return self.projector(y).chunk(p), logits
 
 
-# --- 4. Training ---------------------------------------------------------------------------------------------------
+# --- 4. Training ----------------------------------------------------------------------------------
 
-COEFFICIENTS = {  # of each objective, in the order in which pair_loss() takes them; all are flags
-    "vicreg": ("inv_coeff", "var_coeff", "cov_coeff"), "tcr": ("tcr_coeff", "tcr_eps"), "simclr": ("temperature",),
-    "spectral": ("spectral_coeff",),
-}
-RECIPES = {  # chosen by --data; any other data set gets imagenet's
-    "imagenet": dict(arch="resnet50", size=224, projector="8192-8192-8192", epochs=800, batch_size=1024, base_lr=0.1,
-                     final_lr=0.0, weight_decay=1e-6, warmup_epochs=10, tcr_coeff=1920.0),  # Appendix C.3
-    "imagenet100": dict(arch="resnet50", size=224, projector="8192-8192-8192", epochs=400, batch_size=1024, base_lr=0.1,
-                        final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, tcr_coeff=1920.0),  # Appendix C.2
-    "cifar10": dict(arch="resnet34", size=32, projector="4096-128", epochs=600, batch_size=1024, base_lr=0.3,
-                    final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, patch_scale="0.1914"),  # Appendix C.1; (14/32)^2
-    "cifar100": dict(arch="resnet34", size=32, projector="4096-512", epochs=600, batch_size=1024, base_lr=0.3,
-                     final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, patch_scale="0.1914"),
-    "shapes": dict(arch="tiny_convnet", size=48, projector="1024-128", epochs=7, batch_size=128, base_lr=4.0,
-                   final_lr=0.0, weight_decay=1e-6, warmup_epochs=1, loss="simclr", temperature=0.2),
+RESNET50 = dict(arch="resnet50", size=224, projector="8192-8192-8192", batch_size=1024, base_lr=0.1,
+                final_lr=0.0, warmup_epochs=10)
+CIFAR = dict(arch="resnet34", size=32, projector="4096-128", epochs=600, batch_size=1024,
+             base_lr=0.3, final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, patch_scale="0.1914")
+RECIPES = {  # chosen by --data, imagenet's for any other; every flag overrides it
+    "imagenet": RESNET50 | dict(epochs=800, weight_decay=1e-6),  # Appendix C.3
+    "imagenet100": RESNET50 | dict(epochs=400, weight_decay=1e-4),  # Appendix C.2
+    "cifar10": CIFAR,  # Appendix C.1; patches of 14 / 32 of the side
+    "cifar100": CIFAR | dict(projector="4096-512", tcr_coeff=30.0),
+    "shapes": dict(arch="tiny_convnet", size=48, projector="1024-128", epochs=7, batch_size=128,
+                   base_lr=4.0, final_lr=0.0, weight_decay=1e-6, warmup_epochs=1, loss="simclr",
+                   temperature=0.2),
 }
 
 
 def parse_scale(text):
-    """--patch-scale, one number or a range like 0.08-1 -> (low, high). Raises UserError."""
-    import common
-
-    try:
-        low, *rest = [float(number) for number in text.split("-")]
-        high, = rest or [low]
-        if 0 < low <= high <= 1:
-            return low, high
-    except ValueError:
-        pass
-    raise common.UserError(f"--patch-scale {text}: give a share of the image's area, like 0.2, or a range, like 0.08-1")
+    """A share of the image's area, like 0.2, or a range, like 0.08-1 -> (low, high). ValueError."""
+    shares = [float(share) for share in text.split("-")]
+    low, high = shares[0], shares[-1]
+    if len(shares) > 2 or not 0 < low <= high <= 1:
+        raise ValueError(f"{text} is no share of an area, and no range of shares")
+    return low, high
 
 
 def train(args):
-    import functools
-
     import common
     import training
-    from evaluate import knn_report
-
     device = training.set_up(args.seed)
-    area, coefficients = parse_scale(args.patch_scale), [vars(args)[name] for name in COEFFICIENTS[args.loss]]
-    if args.patches < 2:
-        raise common.UserError(f"--patches {args.patches}: the loss compares patches of an image, 2 or more")
     data = common.open_data(args.data, "train", args.size)
     backbone = common.build_backbone(args.arch, args.size)
-    widths = [int(w) for w in args.projector.split("-")]
-    model, ddp = training.distribute(BagSSL(backbone, widths, len(data.classes)), device)
+    model = BagSSL(backbone, args.projector, len(data.classes))
+    model, ddp = training.distribute(model, device)
     optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)
-    run = training.Run(args, model, optimizer, data, device)
-    colours = [common.Photometric(**COLOURS[i % 2]) for i in range(args.patches)]
+    run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    for batch in run.batches(functools.partial(sample_patches, area=area, patches=args.patches, size=args.size)):
-        generator = training.seed_step(args.seed, run.step)
-        patches = [colour(x, generator) for colour, x in zip(colours, batch.views)]
+    sample = functools.partial(sample_patches, area=args.patch_scale, patches=args.patches,
+                               size=args.size)
+    augment = [common.Photometric(**COLOURS[p % 2]) for p in range(args.patches)]
+    coefficients = {
+        "vicreg": [args.inv_coeff, args.var_coeff, args.cov_coeff],
+        "tcr": [args.tcr_coeff, args.tcr_eps],
+        "simclr": [args.temperature],
+        "spectral": [args.spectral_coeff],
+    }[args.loss]
+
+    for batch in run.batches(sample):
+        patches = [colour(x) for colour, x in zip(augment, batch.views)]
+
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            embeddings, logits = ddp(patches)
-        loss, parts = bag_loss(embeddings, args.loss, *coefficients)
+            projections, logits = ddp(patches)
+        loss, parts = bag_loss(projections, args.loss, *coefficients)
         probe_loss, accuracy = training.probe(logits, batch.labels)
+
         lr = run.set_lr()
         optimizer.zero_grad()
         (loss + probe_loss).backward()
         optimizer.step()
-        std = F.normalize(embeddings[0].detach().float(), dim=1).std(0).mean()  # 1/sqrt(D) at most; 0: collapsed
-        run.log(loss=loss, **parts, std=std, **accuracy, lr=lr)
 
-    knn_report(args, model.backbone, run.folder / "knn.json", device)
+        z = F.normalize(projections[0].detach().float(), dim=1)
+        std = z.std(0).mean()  # at most D^-1/2
+        run.log(loss=loss, **parts, std=std, **accuracy, lr=lr)
+        run.end_step()  # saves as time goes by; stops on a signal
+
+    run.finish("knn")
 
 
 def main():
-    import training
-
-    with training.one_line_errors():
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--projector", help="widths of its layers")
-        parser.add_argument("--loss", default="vicreg", choices=COEFFICIENTS)
-        parser.add_argument("--patch-scale", default="0.2", help="share of the image's area, or a range like 0.08-1")
-        parser.add_argument("--patches", type=int, default=2, help="of each image")
-        parser.add_argument("--inv-coeff", type=float, default=25.0, help="of VICReg")
-        parser.add_argument("--var-coeff", type=float, default=25.0, help="of VICReg")
-        parser.add_argument("--cov-coeff", type=float, default=1.0, help="of VICReg")
-        parser.add_argument("--tcr-coeff", type=float, default=30.0, help="lambda, the weight of similarity beside the TCR")
-        parser.add_argument("--tcr-eps", type=float, default=0.2)
-        parser.add_argument("--temperature", type=float, default=0.1, help="of SimCLR")
-        parser.add_argument("--spectral-coeff", type=float, default=1.0, help="lambda of Eq. (6)")
-        train(training.parse_args(parser, RECIPES))
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    flag = parser.add_argument
+    flag("--projector", type=widths, metavar="WIDTHS", help="of its layers, like 8192-8192-8192")
+    flag("--loss", default="vicreg", choices=["vicreg", "tcr", "simclr", "spectral"])
+    flag("--patches", type=int, default=2, help="of each image")
+    flag("--patch-scale", type=parse_scale, default="0.2",
+         help="share of the image's area, like 0.2, or a range, like 0.08-1")
+    flag("--inv-coeff", type=float, default=25.0, help="vicreg: lambda, of the invariance term")
+    flag("--var-coeff", type=float, default=25.0, help="vicreg: mu, of the variance term")
+    flag("--cov-coeff", type=float, default=1.0, help="vicreg: nu, of the covariance term")
+    flag("--tcr-coeff", type=float, help="tcr: lambda, of similarity; 0.234 a dimension by default")
+    flag("--tcr-eps", type=float, default=0.2, help="tcr: epsilon")
+    flag("--temperature", type=float, default=0.1, help="simclr: of the cosines")
+    flag("--spectral-coeff", type=float, default=1.0, help="spectral: lambda of Eq. (6)")
+    try:
+        from training import launch
+    except ModuleNotFoundError:
+        parser.parse_args()  # so that --help works where this file lies alone
+        parser.error("training needs common.py and training.py beside this file")
+    positive = (1e-3, 1e3)
+    launch(train, parser, RECIPES, patches=(2, 256), tcr_eps=positive, temperature=positive)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,11 @@ def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
 
 # --- 2. Data sets ---------------------------------------------------------------------------------
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PostScript would run a program
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+MAX_PIXELS = 50e6  # of an image, 150 MB in memory
 
 
 class Images:
@@ -253,12 +257,15 @@ class Images:
         path = self.name(index)
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
             raise OSError("no regular file")
-        with Image.open(path) as image:
-            if not 0 < image.width * image.height <= Image.MAX_IMAGE_PIXELS:
-                raise OSError(f"{image.width} x {image.height} pixels")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # Pillow's conversion would clip 16 bits at 255
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        with Image.open(path, formats=FORMATS) as image:
+            if not 0 < image.width * image.height <= MAX_PIXELS:
+                raise OSError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:g} in all")
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in "IF":  # integers of 16 bits, or floats up to 1: to bytes
+                pixels = np.asarray(image, np.float32)
+                highest = pixels.max()
+                scale = 255 if highest <= 1 else 1 if highest <= 255 else 1 / 257
+                image = Image.fromarray((scale * pixels).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
 
 
@@ -274,30 +281,40 @@ def find_images(root):
             inner.clear()
             continue
         seen.add(os.path.realpath(folder))
-        inner.sort()
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in SUFFIXES:
-                paths.append(os.path.relpath(os.path.join(folder, name), root))
+        inner[:] = sorted(name for name in inner if name[0] != ".")  # .ipynb_checkpoints
+        names = [name for name in sorted(files) if name[0] != "."]  # ._x.jpg
+        names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+        paths += [os.path.relpath(os.path.join(folder, name), root) for name in names]
     parents = [os.path.dirname(path) for path in paths]
     classes = sorted(set(parents))
-    if len(classes) < 2 or any(not c or os.sep in c for c in classes):
+    if len(classes) < 2 or any(c == "" or os.sep in c for c in classes):
         return Images(paths, root=root)
     number = {c: i for i, c in enumerate(classes)}
-    labels = np.array([number[parent] for parent in parents])
-    return Images(paths, labels, classes, root)
+    return Images(paths, np.array([number[parent] for parent in parents]), classes, root)
 
 
 def open_downloaded(name, split, root):
-    """One of torchvision's data sets, downloaded to `root` where it is not there yet."""
+    """One of torchvision's data sets, downloaded to `root` if it is not there. Raises UserError."""
     sets = torchvision.datasets
     train = split == "train"
-    if name == "stl10":
-        data = sets.STL10(root, "train+unlabeled" if train else "test", download=True)
-        return Images(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
-    if name == "voc":
-        return Images(sets.VOCSegmentation(root, image_set=split, download=True).images)
-    data = getattr(sets, name.upper())(root, train, download=True)
-    return Images(data.data, np.array(data.targets), data.classes)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not first:
+        dist.barrier()  # the first process of each machine downloads
+    try:
+        if name == "stl10":
+            data = sets.STL10(root, "train+unlabeled" if train else "test", download=True)
+            images = Images(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
+        elif name == "voc":
+            images = Images(sets.VOCSegmentation(root, image_set=split, download=True).images)
+        else:
+            data = getattr(sets, name.upper())(root, train, download=True)
+            images = Images(data.data, np.array(data.targets), data.classes)
+    except (OSError, RuntimeError) as error:
+        cure = "put torchvision's files there, or set $DATA"
+        raise UserError(f"cannot get {name} in {root} ({error}): {cure}") from error
+    if dist.is_initialized() and first:
+        dist.barrier()
+    return images
 
 
 def open_data(name, split="train", size=64):
@@ -313,31 +330,20 @@ def open_data(name, split="train", size=64):
 
         return Shapes(split, 3 * size // 2)
     if name in ("cifar10", "cifar100", "stl10", "voc"):
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if dist.is_initialized() and not first:
-            dist.barrier()  # the first process of each machine downloads
-        try:
-            return open_downloaded(name, split, root)
-        except (OSError, RuntimeError) as error:
-            cure = "put torchvision's files there, or set $DATA"
-            raise UserError(f"cannot get {name} in {root} ({error}): {cure}") from error
-        finally:
-            if dist.is_initialized() and first:
-                dist.barrier()
-
-    folder = Path(name) if Path(name).is_dir() else Path(root) / name
-    if not folder.is_dir():
-        places = f"{Path(name).absolute()} and {folder.absolute()}"
-        cure = "set $DATA or give a folder, or try --data shapes, which needs none"
-        raise UserError(f"no data set '{name}': looked for the folders {places}; {cure}")
-    parts = {"train": ["train", "."], "val": ["val", "test"]}[split]
-    part = next((folder / p for p in parts if (folder / p).is_dir()), None)
+        return open_downloaded(name, split, root)
+    places = [Path(name), Path(root, name)]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        looked = " and ".join(str(place.absolute()) for place in places)
+        raise UserError(f"no data set '{name}': looked for the folders {looked}; set $DATA, give a "
+                        "folder, or try --data shapes, which needs none")
+    names = ("train", ".") if split == "train" else ("val", "test")
+    part = next((folder / name for name in names if (folder / name).is_dir()), None)
     if part is None:
         return None
     images = find_images(part / "images" if (part / "masks").is_dir() else part)
     if not len(images):
-        suffixes = " ".join(sorted(SUFFIXES))
-        raise UserError(f"no images in {part}: it needs files ending in {suffixes}")
+        raise UserError(f"no images in {part}: their names end in {' '.join(sorted(SUFFIXES))}")
     return images
 
 

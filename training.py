@@ -81,9 +81,10 @@ def rank_and_world():
 
 
 def of_this_start(store, rank, world):
-    """The part of torchrun's store that is of this start alone: the store outlives a restart, and
-    with it the addresses of the dead. Each process puts a new name of its own into a list before it
-    reads the list, so all can agree only on a list of new names: its digest names the part."""
+    """The part of torchrun's store that is of this start alone, without the addresses of the dead.
+
+    Each process puts a new name into a list, then reads the list: all agree only on a new list.
+    """
     store.set(f"name {rank}", os.urandom(8).hex())
     agreed = None
     while agreed is None or store.add(agreed, 0) < world:
@@ -116,11 +117,11 @@ def distribute(model, device):
     model = model.to(device, memory_format=torch.channels_last)
     if not dist.is_initialized():
         return model, model
-    if device.type == "cpu":  # BatchNorm's statistics stay those of each process
-        return model, nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ddp = nn.parallel.DistributedDataParallel(model, [device.index], gradient_as_bucket_view=True)
-    return model, ddp
+    devices = None
+    if device.type == "cuda":  # on the CPU, BatchNorm's statistics stay those of each process
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        devices = [device.index]
+    return model, nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
 # --- 3. Command line ------------------------------------------------------------------------------
@@ -163,9 +164,8 @@ def parse_args(parser, recipes, limits):
     flag("--log-every", type=int, default=50, help="steps between log lines")
     known, _ = parser.parse_known_args()
     data = Path(known.data).name
-    arch = known.arch or ""
-    keys = (arch, arch.split("_")[0], data, "imagenet")
-    recipe = next(recipes[key] for key in keys if key in recipes)
+    family = (known.arch or "").split("_")[0]
+    recipe = next(recipes[key] for key in (known.arch, family, data, "imagenet") if key in recipes)
     parser.set_defaults(**recipe, name=f"{Path(sys.argv[0]).stem}-{data}")
 
     args = parser.parse_args()
@@ -190,11 +190,8 @@ def warn(message):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a main(): a UserError becomes one line on stderr, and exit code 2.
-
-    Every way out kills the data workers, for which Python would wait. One of several processes
-    leaves at once, without waiting for the others: torchrun ends them, if it fails.
-    """
+    """Around a main(): a UserError becomes one line on stderr, and exit code 2. Kills data workers,
+    which Python would wait for, and leaves several processes at once: torchrun ends the others."""
     code = 0
     try:
         yield
@@ -211,16 +208,15 @@ def one_line_errors():
         traceback.print_exc()
     for worker in multiprocessing.active_children():
         worker.kill()
+    sys.stdout.flush()
     if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
 
 
 def launch(train, parser, recipes, **limits):
-    """train(parse_args(parser, recipes, limits)), with one_line_errors()."""
+    """train(args) with the flags of parse_args(), within one_line_errors()."""
 
     def refuse(message):
         raise UserError(f"{message}; see --help")
@@ -233,8 +229,8 @@ def launch(train, parser, recipes, **limits):
 # --- 4. A run -------------------------------------------------------------------------------------
 
 def write(path, save, previous=None):
-    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens; the
-    old ones keep the name `previous`. Raises UserError, with nothing lost, where it cannot."""
+    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens. The
+    old ones keep the name `previous`. Raises UserError where it cannot write, with nothing lost."""
     part = path.with_suffix(".part")
     try:
         part.unlink(missing_ok=True)
@@ -284,60 +280,63 @@ class Run:
         self.total = args.epochs * self.per_epoch
         self.peak_lr = args.base_lr * args.batch_size / 256
 
-        batch = f"--batch-size {args.batch_size}"
         if args.batch_size < 2 * self.world or args.batch_size % self.world:
-            raise UserError(f"{batch}: give each of {self.world} processes as many, and 2 or more")
+            raise UserError(f"--batch-size {args.batch_size}: it must be a multiple of the "
+                            f"{self.world} processes, with 2 or more for each")
         if not self.per_epoch:
-            raise UserError(f"{batch} is larger than the {len(data)} images of {args.data}")
+            raise UserError(f"--batch-size {args.batch_size} is above the {len(data)} images")
         if self.rank == 0:
             self.claim()
         self.resume()
-        for number in SIGNALS:
-            signal.signal(number, self.on_signal)
         if self.rank == 0:
             self.open_log()
             self.describe()
+        for number in SIGNALS:
+            signal.signal(number, self.on_signal)
         self.saved = time.monotonic()
 
     def claim(self):
         """Makes the folder this run's alone. The kernel drops the lock when the process dies."""
         name = self.args.name
         if name in ("", ".", "..") or "/" in name or not name.isprintable():
-            raise UserError(f"--name {name!r}: it is a folder in --out, without slashes and the like")
+            raise UserError(f"--name {name!r}: it must be the name of a folder, without slashes")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise UserError(f"cannot write in {self.folder} ({error}): try another --out") from error
+            raise UserError(f"cannot write in {self.folder} ({error}); try another --out") from None
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"another run is at work in {self.folder}: wait for its end, or give "
-                            "another --name") from error
+            cure = "wait for its end, or give another --name"
+            raise UserError(f"another run is at work in {self.folder}: {cure}") from error
         except OSError as error:
             warn(f"cannot lock {self.folder} ({error}): start no second run in it")
 
-    def resume(self):
-        state = None
+    def read(self):
+        """What last.pt holds, or else previous.pt; None where there is neither."""
         paths = [self.folder / "last.pt", self.folder / "previous.pt"]
+        paths = [path for path in paths if path.exists()]
         for path in paths:
-            if state is None and path.exists():
-                try:
-                    state = torch.load(path, map_location="cpu", weights_only=True)
-                except Exception as error:  # whatever the bytes of the file make torch raise
-                    warn(f"cannot read {path} ({str(error)[:80]})")
-        if state is None and any(path.exists() for path in paths):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever the bytes of the file make torch raise
+                warn(f"cannot read {path} ({str(error)[:80]})")
+        if paths:
             raise UserError(f"no whole checkpoint in {self.folder}: give another --name")
+        return None
+
+    def resume(self):
         now = {**vars(self.args), "images": len(self.data)}
         now = {key: value for key, value in now.items() if key not in self.FREE}
+        state = self.read()
         if state is not None:
             then = state["args"]
-            differ = [key for key in now if key in then and then[key] != now[key]]
+            differ = [f"{key.replace('_', '-')} {then[key]} (now {now[key]})"
+                      for key in now if key in then and then[key] != now[key]]
             if differ:
-                said = ", ".join(f"--{key} {then[key]} (now {now[key]})" for key in differ)
-                said = said.replace("_", "-")
-                raise UserError(f"{self.folder} was started with {said}: give the same, or another "
-                                "--name")
+                cure = "give the same, or another --name"
+                raise UserError(f"{self.folder} was started with {', '.join(differ)}: {cure}")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
@@ -361,11 +360,9 @@ class Run:
     def describe(self):
         """Prints the settings in force."""
         rows = dict(sorted(vars(self.args).items()))
-        rows["peak lr"] = f"{self.peak_lr:g}"
-        rows["images"] = f"{len(self.data)}, {self.per_epoch} steps an epoch, {self.total} in all"
-        rows["processes"] = f"{self.world} on {self.device.type}"
-        for name, module in (("backbone", self.model.backbone), ("whole", self.model)):
-            rows[f"{name} model"] = f"{sum(p.numel() for p in module.parameters()):,} parameters"
+        rows |= {"peak lr": self.peak_lr, "images": len(self.data), "steps": self.total,
+                 "processes": f"{self.world} on {self.device.type}",
+                 "parameters": f"{sum(p.numel() for p in self.model.parameters()):,}"}
         for key, value in rows.items():
             print(f"  {key.replace('_', '-'):16} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
@@ -378,10 +375,8 @@ class Run:
             print("saving after this step; again to quit now", flush=True)
 
     def batches(self, sample):
-        """Yields a Batch on the device for each step that is left, and seeds the step's randomness.
-
-        sample: as in common.Views. Raises UserError where over 1% of the images cannot be read.
-        """
+        """Yields a Batch on the device for each step left, and seeds it. sample: of common.Views.
+        Raises UserError where over 1% of the images cannot be read."""
         seed, workers, size = self.args.seed, self.args.workers, self.args.batch_size
         order = Batches(len(self.data), size, self.step, self.total, seed, self.rank, self.world)
         loader = torch.utils.data.DataLoader(
@@ -429,11 +424,8 @@ class Run:
         raise UserError(f"NaN or infinity by step {self.step + 1} ({said}), not saved: {cure}")
 
     def log(self, **metrics):
-        """Every --log-every steps and at the last: a line in log.jsonl and one for the eye.
-
-        metrics: numbers or 0-d tensors, averaged over processes. Raises UserError on all processes
-        where the loss is not finite.
-        """
+        """Every --log-every steps and at the last: a line in log.jsonl and on the screen. metrics:
+        numbers or 0-d tensors, averaged over processes. UserError where the loss is not finite."""
         self.metrics = metrics
         step = self.step + 1
         if step % self.args.log_every and step != self.total:
@@ -448,30 +440,24 @@ class Run:
         if not math.isfinite(terms["loss"]):
             self.diverged(terms)
 
+        if self.rank == 0:
+            self.write_line(step, terms, int(broken))
+        self.reset_clock()
+
+    def write_line(self, step, terms, broken):
         seconds = time.monotonic() - self.clock
         rate = (step - self.clock_step) / seconds
-        line = dict(step=step, epoch=step / self.per_epoch, **terms, broken=int(broken),
-                    eta_s=round((self.total - step) / rate), data_wait=self.waited / seconds,
-                    images_per_s=rate * self.args.batch_size,
+        line = dict(step=step, epoch=step / self.per_epoch, **terms, broken=broken,
+                    images_per_s=rate * self.args.batch_size, wait=self.waited / seconds,
+                    minutes_left=(self.total - step) / rate / 60,
                     memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        self.reset_clock()
-        if self.rank == 0:
-            self.write_line(line, terms)
-
-    def write_line(self, line, terms):
         try:
             self.log_file.write(json.dumps(line) + "\n")
             self.log_file.flush()
         except OSError as error:  # the line stays in the buffer, to go out with a later one
             warn(f"cannot write to {self.folder / 'log.jsonl'} ({error})")
-        shown = {name: f"{value:.4g}" for name, value in terms.items()}
-        shown["images/s"] = f"{line['images_per_s']:.0f}"
-        shown["wait"] = f"{line['data_wait']:.0%}"
-        shown["left"] = datetime.timedelta(seconds=line["eta_s"])
-        if line["broken"]:
-            shown["broken"] = line["broken"]
-        shown = [f"{name} {value}" for name, value in shown.items()]
-        print(f"epoch {line['epoch']:.2f}", *shown, sep="  ", flush=True)
+        shown = [f"{name} {value:.4g}" for name, value in line.items() if value]
+        print(*shown, sep="  ", flush=True)
 
     def end_step(self):
         """Counts the step. Saves where it is time to, and on a signal, which then ends the run."""
@@ -493,8 +479,7 @@ class Run:
             sys.exit(0)
 
     def save(self, must):
-        """last.pt and backbone.pt, by the first process, if all is finite. A failure to write is
-        fatal if it `must` work."""
+        """last.pt and backbone.pt, if all is finite. A failure to write is fatal if `must`."""
         weights = self.model.state_dict()
         if not all(t.isfinite().all() for t in weights.values() if t.is_floating_point()):
             self.diverged(self.metrics)

@@ -74,8 +74,8 @@ def float32(x):
 def all_sum(x):
     """The sum of x over G processes that all go on to compute the same loss from it.
 
-    The loss then has the same gradient g with respect to the sum on each process. DDP takes the mean
-    of gradients, so x needs the gradient G g; through a plain dist.all_reduce it would get g.
+    The loss then has one gradient g with respect to the sum, the same on each process. DDP takes
+    the mean of gradients, so x needs G g; through a plain dist.all_reduce it would get g.
     """
     if not dist.is_initialized():
         return x
@@ -244,7 +244,6 @@ def train(args):
 
     area, colours = VIEWS[args.views]
     augment_a, augment_b = [common.Photometric(**colour) for colour in colours]
-
     for batch in run.batches(functools.partial(sample_views, area=area, size=args.size)):
         x_a = augment_a(batch.views[0])
         x_b = augment_b(batch.views[1])

@@ -15,11 +15,9 @@ HEADS = ("fc.", "head.", "heads.", "classifier.2.", "projector.", "maps_projecto
 
 
 def read_checkpoint(path):
-    """The dictionary in a checkpoint file, or in the last.pt of a run folder. Raises UserError.
-
-    Runs no code that the file may hold: it reads tensors, plain values, numpy's numbers (DINO's
-    optimizer has one) and an argparse.Namespace (DINO keeps its flags in one).
-    """
+    """The dictionary in a checkpoint file, or in the last.pt of a run folder. Raises UserError, and
+    runs no code that the file may hold: it reads tensors, plain values, and what DINO's files hold
+    besides, numpy's numbers and an argparse.Namespace."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.is_file():
@@ -79,16 +77,14 @@ def backbone_state(state):
     for prefix in ("module.", "backbone."):
         inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         state = inner or state
-    return {key: value for key, value in state.items() if not key.startswith(HEADS)}
+    return {key: value for key, value in state.items()
+            if not key.startswith(HEADS) or key.startswith("head.norm.")}  # timm's ConvNeXt
 
 
 def load_backbone(checkpoint, arch=None):
-    """A backbone with trained weights, in eval mode.
-
-    checkpoint: a run folder or its last.pt (both know their `arch`), backbone.pt, a state dict of
-    torchvision or timm, or a release of VICReg, VICRegL, DINO (its teacher) or CrIBo (its teacher);
-    or any of these, loaded. Raises UserError, naming the keys, where the weights do not fit.
-    """
+    """A backbone with trained weights, in eval mode. checkpoint: a run folder or last.pt (both know
+    their `arch`), backbone.pt, a state dict of torchvision or timm, a release of VICReg, VICRegL,
+    DINO or CrIBo; or any of these, loaded. Raises UserError, naming keys, where it does not fit."""
     name, state = "the checkpoint", checkpoint
     if not isinstance(checkpoint, dict):
         name, state = checkpoint, read_checkpoint(checkpoint)
@@ -116,15 +112,14 @@ def load_backbone(checkpoint, arch=None):
     own = backbone.state_dict()
     shapes = [f"{key} {list(state[key].shape)}, not {list(own[key].shape)}"
               for key in own if key in state and state[key].shape != own[key].shape]
-    wrong = {
-        "missing in the file": [key for key in own if key not in state],
-        "unexpected in the file": [key for key in state if key not in own],
-        "of another shape": shapes,
-    }
-    told = [f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-            for what, keys in wrong.items() if keys]
-    if told:
-        raise UserError(f"{name} is not a {arch}: of {len(own)} parameters {'; '.join(told)}; "
-                        "set --arch")
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    said = f"{name} is not a {arch} of {len(own)} parameters:"
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    for what, keys in kinds.items():
+        if keys:
+            said += f" {len(keys)} {what} ({', '.join(keys[:4])}{', ...' if keys[4:] else ''});"
+    if missing or unexpected or shapes:
+        raise UserError(f"{said} set --arch")
     backbone.load_state_dict(state)
     return backbone.eval()

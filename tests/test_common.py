@@ -1,23 +1,27 @@
-"""common.py: backbones against torchvision, data and its faults, augmentation against torchvision, LARS, checkpoints."""
-import resource
-import signal
+"""common.py, shapes.py, weights.py: backbones and colours against torchvision; data and its faults.
+"""
+import io
+import multiprocessing
+import os
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from helpers import ROOT, make_images
+from helpers import make_images
 from PIL import Image
 
 import common
-import evaluate
 import shapes
 import training
-import weights
 
-# --- backbones -----------------------------------------------------------------------------------------------------
-
+# --- backbones ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arch", common.ARCHITECTURES)
 def test_shapes_of_maps(arch):
@@ -27,28 +31,48 @@ def test_shapes_of_maps(arch):
         for side in (size, size + backbone.stride):
             grid = side // backbone.stride
             maps, pooled = backbone(torch.randn(2, 3, side, side))
-            assert maps.shape == (2, grid * grid, backbone.dim) and pooled.shape == (2, backbone.dim)
+            assert maps.shape == (2, grid * grid, backbone.dim)
+            assert pooled.shape == (2, backbone.dim)
+
+
+@pytest.mark.parametrize("arch", ["tiny_convnet", "resnet18", "convnext_tiny", "tiny_vit"])
+def test_stages_end_in_the_maps(arch):
+    torch.manual_seed(0)
+    backbone = common.build_backbone(arch, 128).eval()
+    x = torch.randn(2, 3, 64, 128)
+    with torch.no_grad():
+        stages = backbone.stages(x)
+        maps, _ = backbone(x)
+    grid = (64 // backbone.stride, 128 // backbone.stride)
+    assert len(stages) == 4 and stages[-1].shape[2:] == grid
+    torch.testing.assert_close(stages[-1].flatten(2).mT, maps)
+    sides = [stage.shape[2] for stage in stages]
+    assert sides == sorted(sides, reverse=True)
 
 
 def test_small_images_get_the_small_stem():
     backbone = common.build_backbone("resnet18", 32)
-    assert backbone.stride == 8 and backbone(torch.randn(2, 3, 32, 32))[0].shape == (2, 16, 512)
+    maps, _ = backbone(torch.randn(2, 3, 32, 32))
+    assert backbone.stride == 8 and maps.shape == (2, 16, 512)
 
 
 def test_maps_are_row_major():
     backbone = common.TinyConvNet().eval()
     x = torch.zeros(1, 3, 64, 64)
     x[:, :, :24, 40:] = 5  # the upper right corner
-    changed = (backbone(x)[0] - backbone(torch.zeros(1, 3, 64, 64))[0]).square().sum(2).view(8, 8)
+    changed = backbone(x)[0] - backbone(torch.zeros(1, 3, 64, 64))[0]
+    changed = changed.square().sum(2).view(8, 8)
     assert changed[:4, 4:].sum() > 0.8 * changed.sum() > 0
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "convnext_tiny"])
 def test_torchvision_loads_the_weights_and_agrees(arch):
     torch.manual_seed(0)
-    ours, theirs = common.build_backbone(arch, 224).eval(), getattr(torchvision.models, arch)(weights=None).eval()
+    ours = common.build_backbone(arch, 224).eval()
+    theirs = getattr(torchvision.models, arch)(weights=None).eval()
     left = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert not left.unexpected_keys and all(k.startswith(("fc", "classifier.2")) for k in left.missing_keys)
+    assert not left.unexpected_keys
+    assert all(key.startswith(("fc", "classifier.2")) for key in left.missing_keys)
     *_, head = theirs.modules()
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
@@ -65,22 +89,33 @@ def test_vit_is_torchvisions_under_the_names_of_dino():
     theirs = torchvision.models.VisionTransformer(32, 8, 2, 4, 48, 192).eval()
     torch.nn.init.normal_(ours.pos_embed)
     state = ours.state_dict()
-    assert list(state)[:4] == ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
-    names = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj",
-             "norm": "encoder.ln"}
+    first = ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
+    assert list(state)[:4] == first
+    names = {
+        "cls_token": "class_token",
+        "pos_embed": "encoder.pos_embedding",
+        "patch_embed.proj": "conv_proj",
+        "norm": "encoder.ln",
+    }
     for i in range(2):
         layer = f"encoder.layers.encoder_layer_{i}."
-        names |= {f"blocks.{i}.norm1": layer + "ln_1", f"blocks.{i}.norm2": layer + "ln_2",
-                  f"blocks.{i}.attn.qkv": layer + "self_attention.in_proj",
-                  f"blocks.{i}.attn.proj": layer + "self_attention.out_proj",
-                  f"blocks.{i}.mlp.fc1": layer + "mlp.0", f"blocks.{i}.mlp.fc2": layer + "mlp.3"}
+        names[f"blocks.{i}.norm1"] = layer + "ln_1"
+        names[f"blocks.{i}.norm2"] = layer + "ln_2"
+        names[f"blocks.{i}.attn.qkv"] = layer + "self_attention.in_proj"
+        names[f"blocks.{i}.attn.proj"] = layer + "self_attention.out_proj"
+        names[f"blocks.{i}.mlp.fc1"] = layer + "mlp.0"
+        names[f"blocks.{i}.mlp.fc2"] = layer + "mlp.3"
     renamed = {}
     for key, value in state.items():
         stem, _, leaf = key.rpartition(".")
-        name = names.get(key) or f"{names[stem]}{'_' if names[stem].endswith('in_proj') else '.'}{leaf}"
+        if key in names:
+            name = names[key]
+        else:
+            name = names[stem] + ("_" if names[stem].endswith("in_proj") else ".") + leaf
         renamed[name] = value
     left = theirs.load_state_dict(renamed, strict=False)
-    assert not left.unexpected_keys and all(k.startswith("heads") for k in left.missing_keys)
+    assert not left.unexpected_keys
+    assert all(key.startswith("heads") for key in left.missing_keys)
     theirs.heads = torch.nn.Identity()
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -90,30 +125,62 @@ def test_vit_is_torchvisions_under_the_names_of_dino():
 def test_position_embeddings_follow_the_grid():
     vit = common.ViT(16, 2, 2, 8, 64, 0.0)
     torch.nn.init.normal_(vit.pos_embed)
-    assert vit.positions(8, 8) is vit.pos_embed
+    assert vit.position_embeddings(8, 8) is vit.pos_embed
     ramp = torch.arange(8.0).repeat(8, 1)  # the column
     vit.pos_embed.data[:, 1:] = ramp.reshape(1, 64, 1)
-    wide = vit.positions(8, 16)[0, 1:].reshape(8, 16, 16)
-    assert (wide[:, 1:] > wide[:, :-1]).all() and torch.allclose(wide, wide[:1].expand_as(wide))
+    wide = vit.position_embeddings(8, 16)[0, 1:].reshape(8, 16, 16)
+    assert (wide[:, 1:] > wide[:, :-1]).all()
+    assert torch.allclose(wide, wide[:1].expand_as(wide))
 
 
-# --- data ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch,size", [
+    ("resnet18", 224), ("resnet18", 32), ("tiny_vit", 48), ("convnext_tiny", 224)])
+def test_load_backbone(tmp_path, arch, size):
+    weights = pytest.importorskip("weights", exc_type=ImportError)
+    backbone = common.build_backbone(arch, size).eval()
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
+    x = torch.randn(2, 3, 64, 64)
+    loaded = weights.load_backbone(tmp_path / "backbone.pt", arch)
+    assert torch.equal(loaded(x)[0], backbone(x)[0]) and not loaded.training
+    with pytest.raises(common.UserError, match="not a resnet34"):
+        weights.load_backbone(tmp_path / "backbone.pt", "resnet34")
+    with pytest.raises(common.UserError, match="--arch"):
+        weights.load_backbone(tmp_path / "backbone.pt")
+    with pytest.raises(common.UserError, match="no checkpoint at"):
+        weights.load_backbone(tmp_path / "nothing.pt", arch)
 
+
+# --- data -----------------------------------------------------------------------------------------
 
 def test_folders(tmp_path):
     flat = make_images(tmp_path / "flat", 5, classes=0)
-    assert len(common.open_data(str(flat))) == 5 and not common.open_data(str(flat)).classes
+    assert len(common.open_data(str(flat))) == 5
+    assert not common.open_data(str(flat)).classes
+    assert common.open_data(str(flat), "val") is None
+
     nested = make_images(tmp_path / "nested" / "2021" / "may", 3, classes=0).parents[1]
     make_images(nested / "2022", 2, classes=0)
     (nested / "2021" / "loop").symlink_to(nested)
-    assert len(common.open_data(str(nested))) == 5 and common.open_data(str(nested)).label(0) == -1
+    assert len(common.open_data(str(nested))) == 5
+    assert common.open_data(str(nested)).label(0) == -1
+
     classes = make_images(tmp_path / "sorted", 6, classes=3)
     data = common.open_data(str(classes))
-    assert data.classes == ["class0", "class1", "class2"] and [data.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
-    make_images(tmp_path / "split" / "train", 4)
-    make_images(tmp_path / "split" / "test", 2)
-    assert len(common.open_data(str(tmp_path / "split"))) == 4 and len(common.open_data(str(tmp_path / "split"), "val")) == 2
-    assert common.open_data(str(flat), "val") is None
+    assert data.classes == ["class0", "class1", "class2"]
+    assert [data.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+
+    split = tmp_path / "split"
+    make_images(split / "train", 4)
+    make_images(split / "test", 2)
+    assert len(common.open_data(str(split))) == 4
+    assert len(common.open_data(str(split), "val")) == 2
+
+
+def test_a_folder_with_masks_has_its_images_beside_them(tmp_path):
+    make_images(tmp_path / "train" / "images", 3, classes=0)
+    make_images(tmp_path / "train" / "masks", 3, classes=0)
+    data = common.open_data(str(tmp_path))
+    assert len(data) == 3 and "/images/" in data.name(0)
 
 
 def test_a_folder_in_DATA(tmp_path, monkeypatch):
@@ -123,25 +190,25 @@ def test_a_folder_in_DATA(tmp_path, monkeypatch):
 
 
 def test_cifar10_through_torchvision(tmp_path, monkeypatch):
-    import pickle
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        with open(folder / name, "wb") as file:
-            pickle.dump({"data": np.full((2, 3072), 7, np.uint8), "labels": [3, 9]}, file)
-    with open(folder / "batches.meta", "wb") as file:
-        pickle.dump({"label_names": list("abcdefghij")}, file)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        images = {"data": np.full((2, 3072), 7, np.uint8), "labels": [3, 9]}
+        (folder / name).write_bytes(pickle.dumps(images))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setenv("DATA", str(tmp_path))
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
-    train, val = common.open_data("cifar10"), common.open_data("cifar10", "val")
-    assert len(train) == 10 and len(val) == 2 and train.label(1) == 9 and train.load(0).size == (32, 32)
+    train = common.open_data("cifar10")
+    assert len(train) == 10 and len(common.open_data("cifar10", "val")) == 2
+    assert train.label(1) == 9 and train.load(0).size == (32, 32)
 
 
 def test_every_kind_of_file_decodes_upright_in_rgb(tmp_path):
     colour = np.zeros((20, 30, 3), np.uint8)
     colour[:, :15] = 255, 0, 0
-    image, gray = Image.fromarray(colour), np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16)
+    image = Image.fromarray(colour)
+    gray = np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16)
     image.convert("P").save(tmp_path / "a_palette.png")
     image.convert("RGBA").save(tmp_path / "b_rgba.png")
     image.convert("CMYK").save(tmp_path / "c_cmyk.jpg", quality=100)
@@ -156,18 +223,23 @@ def test_every_kind_of_file_decodes_upright_in_rgb(tmp_path):
         pixels = np.asarray(data.load(i)).astype(int)
         assert pixels.shape == (20, 30, 3), data.name(i)
         if i < 4:
-            assert np.abs(pixels[:, :12] - [255, 0, 0]).max() < 40 and pixels[:, 18:].max() < 40, data.name(i)
+            assert np.abs(pixels[:, :12] - [255, 0, 0]).max() < 40, data.name(i)
+            assert pixels[:, 18:].max() < 40, data.name(i)
         elif i < 6:
             assert np.abs(pixels[..., 0] - gray / 257).max() <= 1
 
 
 def test_shapes_are_deterministic_at_any_size():
-    a, b = shapes.Shapes("train", 96), shapes.Shapes("train", 96)
-    assert np.array_equal(a.scene(7)[0], b.scene(7)[0]) and not np.array_equal(a.scene(7)[0], a.scene(8)[0])
-    assert not np.array_equal(a.scene(7)[0], shapes.Shapes("val", 96).scene(7)[0])
+    a = shapes.Shapes("train", 96)
+    b = shapes.Shapes("train", 96)
+    val = shapes.Shapes("val", 96)
+    assert np.array_equal(a.scene(7)[0], b.scene(7)[0])
+    assert not np.array_equal(a.scene(7)[0], a.scene(8)[0])
+    assert not np.array_equal(a.scene(7)[0], val.scene(7)[0])
     for size in (32, 100, 224):
         image, mask = shapes.Shapes("train", size).scene(5)
         assert image.shape == (size, size, 3) and mask.shape == (size, size)
+
     agree, ground = 0, []
     for i in range(200):
         mask = a.scene(i)[1]
@@ -181,13 +253,18 @@ def test_shapes_are_deterministic_at_any_size():
 def test_raw_pixels_do_not_tell_the_class_of_a_scene():
     def raw(split, count):
         data = shapes.Shapes(split, 64)
-        x = np.stack([data.scene(i)[0] for i in range(count)]).reshape(count, -1)
-        return common.normalize(torch.tensor(x).view(count, 64, 64, 3).permute(0, 3, 1, 2) / 255).flatten(1), \
-            torch.tensor([data.label(i) for i in range(count)])
-    (x, y), (queries, targets) = raw("train", 3000), raw("val", 1000)
-    similarity, labels = evaluate.nearest(queries, [(x, y)], 20)
-    assert (evaluate.vote(similarity, labels, 12) == targets).float().mean() < 1.5 / 12
+        x = torch.tensor(np.stack([data.scene(i)[0] for i in range(count)]))
+        x = common.normalize(x.permute(0, 3, 1, 2) / 255).flatten(1)
+        return F.normalize(x, dim=1), torch.tensor([data.label(i) for i in range(count)])
 
+    x, y = raw("train", 1500)
+    queries, targets = raw("val", 500)
+    neighbours = y[(queries @ x.T).topk(20).indices]  # (500, 20)
+    votes = F.one_hot(neighbours, 12).sum(1).argmax(1)
+    assert (votes == targets).float().mean() < 1.5 / 12
+
+
+# --- views ----------------------------------------------------------------------------------------
 
 def coordinates(height, width):
     """An image whose red is its column and green its row, in pixels."""
@@ -195,169 +272,258 @@ def coordinates(height, width):
     return Image.fromarray(np.stack([x, y, 0 * x], 2))
 
 
-@pytest.mark.parametrize("box", [(0, 0, 200, 240), (31, 77, 64, 64), (10, 20, 150, 90), (0, 0, 16, 16), (180, 224, 20, 16)])
+BOXES = [(0, 0, 200, 240), (31, 77, 64, 64), (10, 20, 150, 90), (0, 0, 16, 16), (180, 224, 20, 16)]
+
+
+@pytest.mark.parametrize("box", BOXES)
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_view_shows_its_box(box, flip):
-    size, (top, left, height, width) = 32, box
+    size = 32
+    top, left, height, width = box
     view = common.cut(coordinates(200, 240), box, flip, size).float()
-    x = left + (torch.arange(size) + 0.5) * width / size - 0.5  # what the centre of each column shows
+    x = left + (torch.arange(size) + 0.5) * width / size - 0.5  # what a column's centre shows
     y = top + (torch.arange(size) + 0.5) * height / size - 0.5
     x = x.flip(0) if flip else x
     inner = slice(2, -2)  # at the border there is less to average over
-    assert (view[0] - x)[inner, inner].abs().max() < 1 and (view[1] - y[:, None])[inner, inner].abs().max() < 1
+    assert (view[0] - x)[inner, inner].abs().max() < 1
+    assert (view[1] - y[:, None])[inner, inner].abs().max() < 1
 
 
 def test_batches_start_anywhere_and_split_over_processes():
     everything = list(common.Batches(103, 20, 0, 12, seed=3))
-    assert len(everything) == 12 and all(len(b) == 20 for b in everything)
+    assert len(everything) == 12 and all(len(batch) == 20 for batch in everything)
     assert list(common.Batches(103, 20, 7, 12, seed=3)) == everything[7:]
     for epoch in range(2):
-        seen = [i for batch in everything[5 * epoch:5 * epoch + 5] for _, i in batch]
-        assert len(set(seen)) == 100 and {e for batch in everything[5 * epoch:5 * epoch + 5] for e, _ in batch} == {epoch}
+        batches = everything[5 * epoch:5 * epoch + 5]
+        keys = [key for batch in batches for key in batch]
+        assert len({index for _, index in keys}) == 100 and {e for e, _ in keys} == {epoch}
     assert everything[0] != list(common.Batches(103, 20, 0, 1, seed=4))[0]
     shares = [list(common.Batches(103, 20, 0, 12, 3, rank, 4)) for rank in range(4)]
     for whole, *parts in zip(everything, *shares):
-        assert all(len(p) == 5 for p in parts) and sorted(sum(parts, [])) == sorted(whole)
+        assert all(len(part) == 5 for part in parts)
+        assert sorted(sum(parts, [])) == sorted(whole)
 
 
-def two_views(rng, height, width):
-    return [((rng.randint(0, 8), rng.randint(0, 8), 32, 24), rng.random() < 0.5, 16) for _ in range(2)]
+def two_views(image):
+    tops = torch.randint(0, 9, (2,)).tolist()
+    return [((top, 4, 32, 24), torch.rand(()).item() < 0.5, 16) for top in tops]
 
 
-def test_batches_do_not_depend_on_workers(tmp_path):
+def one_view(image):
+    return [((0, 0, image.height, image.width), False, 16)]
+
+
+def test_views_are_a_function_of_seed_epoch_and_index(tmp_path):
     data = common.open_data(str(make_images(tmp_path, 20)))
     order = list(common.Batches(20, 4, 0, 7, seed=0))
     views = common.Views(data, two_views, 5)
-    runs = [list(torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=n)) for n in (0, 1, 2)]
-    for first, *others in zip(*runs):
-        for other in others:
-            assert all(torch.equal(a, b) for a, b in zip(first.views, other.views))
-            assert all(torch.equal(a, b) for a, b in zip(first[1:], other[1:]))
-    assert not torch.equal(runs[0][0].boxes, runs[0][5].boxes)  # another epoch, other crops
+    loaders = [torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=n)
+               for n in (0, 2)]
+    runs = [list(loader) for loader in loaders]
+    for ours, theirs in zip(*runs):
+        assert all(torch.equal(a, b) for a, b in zip(ours.views, theirs.views))
+        assert all(torch.equal(a, b) for a, b in zip(ours[1:], theirs[1:]))
+    first = runs[0][0]
+    assert first.boxes.shape == (4, 2, 4) and first.flips.shape == (4, 2)
+    assert first.broken.dtype == torch.bool and not first.broken.any()
+    assert first.sizes.tolist() == 4 * [[40, 48]]
+
+    def drawn(seed, epoch):
+        samples = [common.Views(data, two_views, seed)[epoch, i] for i in range(20)]
+        return torch.stack([sample.boxes for sample in samples])
+
+    assert torch.equal(drawn(5, 1), drawn(5, 1))
+    assert not torch.equal(drawn(5, 1), drawn(5, 2)) and not torch.equal(drawn(5, 1), drawn(6, 1))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    drawn(5, 1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- augmentation --------------------------------------------------------------------------------------------------
+# --- colours --------------------------------------------------------------------------------------
+
+JITTER = [("brightness", 0, 2), ("contrast", 0, 2), ("saturation", 0, 2), ("hue", -0.5, 0.5)]
 
 
-@pytest.mark.parametrize("name,low,high", [("brightness", 0, 2), ("contrast", 0, 2), ("saturation", 0, 2),
-                                           ("hue", -0.5, 0.5)])
-def test_jitter_is_torchvisions(name, low, high):
+@pytest.mark.parametrize("number", range(4))
+def test_jitter_is_torchvisions(number):
+    name, low, high = JITTER[number]
+    torch.manual_seed(0)
     x = torch.rand(16, 3, 20, 24)
-    x[0], x[1] = 0.5, (x[1] > 0.5).float()  # grey and saturated colours have no hue of their own
+    x[0] = 0.5  # grey and saturated colours have no hue of their own
+    x[1] = (x[1] > 0.5).float()
     factor = torch.linspace(low, high, 16)
-    ours = getattr(common, f"adjust_{name}")(x, factor.view(-1, 1, 1, 1))
-    theirs = torch.stack([getattr(TF, f"adjust_{name}")(image, f.item()) for image, f in zip(x, factor)])
+    ours = common.JITTER[number](x, factor.view(-1, 1, 1, 1))
+    adjust = getattr(TF, f"adjust_{name}")
+    theirs = torch.stack([adjust(image, f.item()) for image, f in zip(x, factor)])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (30, 48), (12, 12)])
 def test_blur_is_torchvisions(size):
-    x, sigma = torch.rand(8, 3, *size), torch.linspace(0.1, 2, 8)
-    theirs = torch.stack([TF.gaussian_blur(image, [23, 23], [s.item()] * 2) for image, s in zip(x, sigma)])
-    torch.testing.assert_close(common.gaussian_blur(x, sigma), theirs, rtol=0, atol=1e-5)
+    x = torch.rand(8, 3, *size)
+    sigma = torch.linspace(0.1, 2, 8)
+    blurred = [TF.gaussian_blur(image, [23, 23], [s.item()] * 2) for image, s in zip(x, sigma)]
+    ours = common.gaussian_blur(x, sigma)
+    torch.testing.assert_close(ours, torch.stack(blurred), rtol=0, atol=1e-5)
 
 
 def test_grayscale_solarize_normalize_are_torchvisions():
     x = torch.rand(4, 3, 9, 9)
-    torch.testing.assert_close(common.gray(x).expand_as(x), TF.rgb_to_grayscale(x, 3), rtol=0, atol=1e-6)
+    gray = common.gray(x).expand_as(x)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    torch.testing.assert_close(gray, TF.rgb_to_grayscale(x, 3), rtol=0, atol=1e-6)
     torch.testing.assert_close(common.solarize(x), TF.solarize(x, 0.5))
-    torch.testing.assert_close(common.normalize(x), TF.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    torch.testing.assert_close(common.normalize(x), TF.normalize(x, mean, std))
 
 
 def test_photometric_draws_once_a_sample():
+    torch.manual_seed(0)
     x = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(400, -1, -1, -1)
     plain = common.normalize(x.float() / 255)
 
     def changed(**options):
-        y = common.Photometric(**{"jitter_p": 0, "gray_p": 0, **options})(x, torch.Generator().manual_seed(1))
+        torch.manual_seed(1)
+        y = common.Photometric(**{"jitter_p": 0, "gray_p": 0, **options})(x)
         return (y - plain).abs().amax((1, 2, 3)) > 1e-6, y
+
     assert not changed()[0].any() and changed(blur_p=1.0)[0].float().mean() > 0.95
     for option in ("gray_p", "blur_p", "solarize_p"):
         assert 0.2 < changed(**{option: 0.3})[0].float().mean() < 0.4
-    some, y = changed(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8)
-    assert 0.7 < some.float().mean() < 0.9 and len(y[some].flatten(1).unique(dim=0)) == some.sum()
-    assert torch.equal(y, changed(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8)[1])
+    jitter = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8)
+    some, y = changed(**jitter)
+    assert 0.7 < some.float().mean() < 0.9
+    assert len(y[some].flatten(1).unique(dim=0)) == some.sum()  # each its own factors
+    assert torch.equal(y, changed(**jitter)[1])
 
 
-@pytest.mark.parametrize("op,strength", [(0, 0.4), (1, 0.4), (2, 0.2), (3, 0.1)])
-def test_photometric_draws_colorjitters_range(op, strength):
-    jitter = [0.0] * 4
-    jitter[op] = strength
+@pytest.mark.parametrize("number,strength", [(0, 0.4), (1, 0.4), (2, 0.2), (3, 0.1)])
+def test_photometric_draws_colorjitters_range(number, strength, monkeypatch):
     seen = []
-    photometric = common.Photometric(jitter, jitter_p=1, gray_p=0)
-    photometric.ops = [lambda x, f: (seen.append(f.flatten()), x)[1]] * 4
-    photometric(torch.zeros(2000, 3, 2, 2, dtype=torch.uint8), torch.Generator().manual_seed(0))
-    middle = 0 if op == 3 else 1
+
+    def note(x, factor):
+        seen.append(factor.flatten())
+        return x
+
+    monkeypatch.setattr(common, "JITTER", (note, note, note, note))
+    jitter = [0.0, 0.0, 0.0, 0.0]
+    jitter[number] = strength
+    torch.manual_seed(0)
+    common.Photometric(tuple(jitter), jitter_p=1, gray_p=0)(torch.zeros(2000, 3, 2, 2).byte())
+    middle = 0 if number == 3 else 1
     factors = torch.cat(seen)
-    assert len(factors) == 2000 and middle - strength <= factors.min() < middle - 0.98 * strength
+    assert len(factors) == 2000
+    assert middle - strength <= factors.min() < middle - 0.98 * strength
     assert middle + 0.98 * strength < factors.max() <= middle + strength
 
 
-# --- optimisation --------------------------------------------------------------------------------------------------
+def test_jitters_order_is_random(monkeypatch):
+    seen = torch.zeros(4, 4)
+    place = torch.zeros(2000, dtype=torch.long)
+
+    def note(number):
+        def op(x, factor):
+            low, high, _ = x[:, :, 0, 0].mul(255).round().long().unbind(1)
+            samples = low + 256 * high
+            seen[number] += torch.bincount(place[samples], minlength=4)
+            place[samples] += 1
+            return x
+        return op
+
+    monkeypatch.setattr(common, "JITTER", tuple(note(number) for number in range(4)))
+    index = torch.arange(2000)
+    x = torch.stack([index % 256, index // 256, 0 * index], 1).byte().view(2000, 3, 1, 1)
+    torch.manual_seed(0)
+    common.Photometric((0.4, 0.4, 0.2, 0.1), jitter_p=1, gray_p=0)(x)
+    assert (seen.sum(1) == 2000).all() and seen.min() > 400 and seen.max() < 600
 
 
-@pytest.mark.parametrize("is_cuda", [False, True])
-def test_lars_golden(monkeypatch, is_cuda):
-    monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)  # how parameters are grouped
-    g = {k: torch.tensor(v) for k, v in np.load(ROOT / "tests/golden/lars.npz").items()}
-    params = [torch.nn.Parameter(g[f"init_{i}"].clone()) for i in range(4)]
-    lars = training.LARS(params, weight_decay=g["weight_decay"].item(), momentum=g["momentum"].item(), eta=g["eta"].item())
-    for step in range(6):
-        if step == 3:  # the state survives a checkpoint
-            state = lars.state_dict()
-            lars = training.LARS(params, weight_decay=0.5)
-            lars.load_state_dict(state)
-        for i, p in enumerate(params):
-            p.grad = g[f"grad_{i}"][step].clone()
-        lars.param_groups[0]["lr"] = g["lr"][step].item()
-        lars.step()
-    for i, p in enumerate(params):
-        torch.testing.assert_close(p.data, g[f"final_{i}"], rtol=1e-9, atol=1e-12)
+# --- strange files --------------------------------------------------------------------------------
+
+def _png(width, height):
+    """The head of a PNG that claims to be so large: Pillow knows it before it reads a pixel."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
 
 
-def test_cosine_schedule():
-    values = [training.cosine_schedule(s, 100, 10, 2.0, 0.5) for s in range(101)]
-    assert values[0] == 0 and values[5] == 1.0 and values[10] == 2.0
-    assert values[55] == pytest.approx(1.25) and values[100] == 0.5
-    assert all(a > b for a, b in zip(values[10:], values[11:]))
-    assert training.cosine_schedule(0, 10, 0, 1.0, 0.0) == 1.0
+@pytest.mark.filterwarnings("ignore")
+def test_strange_files(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode("картины 画 \udcff".encode(errors="surrogateescape"))
+    make_images(folder, 3, classes=0)
+    bytes_name = os.fsdecode(b"\xff\xfe.jpg")
+    for name in ("łódź.jpg", "写真.jpg", "a\nb.jpg", bytes_name, "-rf.jpg", "$(touch x).jpg"):
+        shutil.copy(folder / "0000.jpg", folder / name)
+    bad = {
+        "bomb.png": "10000 x 9000 pixels",
+        "larger.png": "decompression bomb",
+        "loop.jpg": "symbolic link",
+        "pipe.jpg": "regular",
+        "empty.jpg": "cannot identify",
+        "gone.jpg": "No such file",
+        "a\nbroken.jpg": "cannot identify",
+    }
+    (folder / "bomb.png").write_bytes(_png(10_000, 9_000))
+    (folder / "larger.png").write_bytes(_png(20_000, 10_000))
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    (folder / "round").symlink_to(folder)
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "folder.jpg").mkdir()
+    (folder / "empty.jpg").touch()
+    (folder / "a\nbroken.jpg").write_bytes(b"\xff\xd8 no image")
+    for size in ((1, 20_000), (20_000, 1)):
+        Image.new("RGB", size).save(folder / f"thin{size[0]}.png")
+    data = common.open_data(str(folder))
+    assert len(data) == 3 + 6 + len(bad) + 2
+
+    views = common.Views(data, one_view, 0)
+    for index in range(len(data)):
+        name = Path(data.name(index)).name
+        sample = views[0, index]
+        assert sample.broken == (name in bad), name
+        assert sample.views[0].shape == (3, 16, 16)
+        said = capsys.readouterr().err.splitlines()
+        if name not in bad:
+            assert not said
+            continue
+        assert all(line.startswith("warning: ") for line in said)  # next ones may be broken too
+        assert training.printable(name) in said[0] and bad[name] in said[0], said
+        said[0].encode(errors="strict")
 
 
-# --- run -----------------------------------------------------------------------------------------------------------
+def test_where_nothing_can_be_read_the_image_is_black(tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no image")
+    sample = common.Views(common.open_data(str(tmp_path)), one_view, 0)[0, 3]
+    assert sample.broken and not sample.views[0].any() and sample.labels == -1
+    assert capsys.readouterr().err.count("cannot read") == 10
 
 
-def test_a_full_disk_keeps_the_old_file(tmp_path):
-    path, old = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    training.write(path, lambda file: torch.save({"step": 1}, file))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+def _as_nobody(folder):
+    """Run by a process that may not read everything: root may."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    closed = common.Images([Path(folder) / "closed.jpg"])
+    broken = common.Views(closed, one_view, 0)[0, 0].broken
     try:
-        with pytest.raises(common.UserError, match="cannot write .*last.pt.*is intact"):
-            training.write(path, lambda file: torch.save({"step": 2, "big": torch.zeros(10 ** 6)}, file))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert torch.load(path, weights_only=True) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+        common.open_data(folder)
+    except common.UserError as error:
+        said = str(error)
+        os._exit(0 if "cannot list" in said and "closed" in said and broken else 2)
+    os._exit(1)
 
 
-def test_step_seeds_are_functions_of_seed_and_step():
-    def draw(seed, step):
-        generator = training.seed_step(seed, step)
-        return torch.rand(3), torch.rand(3, generator=generator)
-    a, b, c, d = draw(0, 1), draw(0, 1), draw(0, 2), draw(1, 1)
-    assert all(torch.equal(x, y) for x, y in zip(a, b))
-    assert not any(torch.equal(a[i], other[i]) for other in (c, d) for i in range(2)) and not torch.equal(*a)
-
-
-@pytest.mark.parametrize("arch,size", [("resnet18", 224), ("resnet18", 32), ("tiny_vit", 48), ("convnext_tiny", 224)])
-def test_load_backbone(tmp_path, arch, size):
-    backbone = common.build_backbone(arch, size).eval()
-    torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
-    x = torch.randn(2, 3, 64, 64)
-    loaded = weights.load_backbone(tmp_path / "backbone.pt", arch)
-    assert torch.equal(loaded(x)[0], backbone(x)[0]) and not loaded.training
-    with pytest.raises(common.UserError, match="not a resnet34"):
-        weights.load_backbone(tmp_path / "backbone.pt", "resnet34")
-    with pytest.raises(common.UserError, match="--arch"):
-        weights.load_backbone(tmp_path / "backbone.pt")
-    with pytest.raises(common.UserError, match="no checkpoint at"):
-        weights.load_backbone(tmp_path / "nothing.pt", arch)
+def test_unreadable_files_and_folders_are_reported():
+    with tempfile.TemporaryDirectory() as folder:  # not under pytest's own, closed to others
+        os.chmod(folder, 0o755)
+        make_images(Path(folder) / "closed", 2, classes=0)
+        make_images(Path(folder), 2, classes=0)
+        shutil.copy(Path(folder) / "0000.jpg", Path(folder) / "closed.jpg")
+        for name in ("closed", "closed.jpg"):
+            os.chmod(Path(folder) / name, 0)
+        child = multiprocessing.get_context("fork").Process(target=_as_nobody, args=(folder,))
+        child.start()
+        child.join(60)
+        os.chmod(Path(folder) / "closed", 0o755)
+        assert child.exitcode == 0

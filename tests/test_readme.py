@@ -1,4 +1,4 @@
-"""README.md: its snippets run and its commands name real files and flags."""
+"""README.md and docs/: snippets run; commands name real files and flags; named tests exist."""
 import importlib
 import re
 import shlex
@@ -20,30 +20,53 @@ def test_snippet(tmp_path, monkeypatch):
     model = vicreg.VICReg(common.build_backbone("tiny_convnet", 64), (8, 8))
     folder = tmp_path / "runs" / "vicreg-shapes"
     folder.mkdir(parents=True)
-    torch.save({"model": model.state_dict(), "args": {"arch": "tiny_convnet", "size": 64}}, folder / "last.pt")
+    args = {"arch": "tiny_convnet", "size": 64}
+    torch.save({"model": model.state_dict(), "args": args}, folder / "last.pt")
     monkeypatch.chdir(tmp_path)
     names = {}
     (snippet,) = blocks("python")
-    assert len(snippet.splitlines()) == 5
+    assert len(snippet.splitlines()) <= 6
     exec(snippet, names)
     assert names["maps"].shape == (8, 64, 256) and names["pooled"].shape == (8, 256)
 
 
 def test_commands_name_real_files_and_flags():
     sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
-    commands = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    sources["evaluate"] = "".join(path.read_text() for path in ROOT.glob("evaluate/*.py"))
+    everywhere = sources["training.py"] + sources["common.py"]
+    commands = [line for block in blocks("bash")
+                for line in block.replace("\\\n", " ").splitlines()]
     found = 0
     for command in commands:
         words = shlex.split(command.split("#")[0].replace("'", " "))
-        for script in [w for w in words if w.endswith(".py")]:
-            for flag in [w for w in words[words.index(script):] if w.startswith("--")]:
+        names = [word for word in words if word.endswith(".py") or word == "evaluate"]
+        for name in names:
+            if name == "evaluate":
+                protocol = words[words.index(name) + 1]
+                assert (ROOT / "evaluate" / f"{protocol}.py").exists(), command
+            for flag in [word for word in words[words.index(name):] if word.startswith("--")]:
                 flag = flag.split("=")[0].replace("--no-", "--")
-                assert f'"{flag}"' in sources[script] + sources["common.py"], command
+                assert f'"{flag}"' in sources[name] + everywhere, command
             found += 1
     assert found >= 6
+
+
+def test_every_test_that_is_named_exists():
+    tests = {name for path in (ROOT / "tests").glob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        named = set(re.findall(r"`(test_\w+)`", path.read_text()))
+        assert named <= tests, (path.name, named - tests)
+    faults = (ROOT / "docs" / "faults.md").read_text().splitlines()
+    rows = [row for row in faults if row.startswith("| ") and "---" not in row][1:]
+    assert len(rows) > 15
+    for row in rows:
+        assert re.search(r"`test_\w+`", row.split("|")[-2]), row
 
 
 def test_the_table_of_results_is_made_from_the_files(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs" / "results")
     made = importlib.import_module("results").table()
-    assert made.count("\n") > 5 and f"<!-- results -->\n{made}<!-- end -->" in README
+    assert made.count("\n") > 5
+    documents = README + (ROOT / "docs" / "results.md").read_text()
+    assert f"<!-- results -->\n{made}<!-- end -->" in documents

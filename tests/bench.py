@@ -1,12 +1,13 @@
 """Time and peak memory of this project's parts beside what they replace, on this machine.
 
-    python tests/benchmark.py [--only vicreg_256 lars ...] [--out benchmark.json]
+    python tests/bench.py [--only vicreg_256 lars ...] [--out benchmark.json]
 
-Each row runs ours and a baseline in one process, in turns, and takes medians. The baselines are short literal versions of
-the papers' algorithms, written here; torchvision's ordinary pipeline; and lightly's VICRegLLoss where it is installed.
-Memory is the peak of what PyTorch allocates during a call beyond what it held before, on the CPU as on a GPU. Sizes that
-would take minutes on a CPU have smaller stand-ins there; each row prints the size that it ran. The goals are those for
-the full sizes. Wants a quiet machine: other work on it moves the times, though less the ratios.
+Each row runs ours and a baseline in one process, in turns, and takes medians. The baselines are
+short literal versions of the papers' algorithms, written here; torchvision's ordinary pipeline; and
+lightly's VICRegLLoss where it is installed. Memory is the peak of what PyTorch allocates during a
+call beyond what it held before, on the CPU as on a GPU. Sizes that would take minutes on a CPU have
+smaller stand-ins there; each row prints the size that it ran. The goals are those for the full
+sizes. Wants a quiet machine: other work on it moves the times, though less the ratios.
 """
 import argparse
 import copy
@@ -47,8 +48,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 BF16 = training.has_bf16()
 
-# --- Measuring -----------------------------------------------------------------------------------------------------
-
+# --- Measuring ------------------------------------------------------------------------------------
 
 def clock(call):
     """Seconds of one call, the GPU's work included."""
@@ -62,12 +62,13 @@ def clock(call):
 
 
 def alternate(ours, baseline, pairs=None, seconds=12):
-    """Seconds (median) of both, taking turns after a first call of each, and the median of the turns' ratios."""
+    """Median seconds of both, in turns after a first call of each, and of the turns' ratios."""
     first = clock(ours) + clock(baseline)
     pairs = pairs or min(101, max(3, round(seconds / first)))
     turns = [(clock(ours), clock(baseline)) for _ in range(pairs)]
-    a, b = (statistics.median(times) for times in zip(*turns))
-    return dict(pairs=pairs, ours_s=a, baseline_s=b, faster=statistics.median(b / a for a, b in turns))
+    a, b = [statistics.median(times) for times in zip(*turns)]
+    faster = statistics.median(b / a for a, b in turns)
+    return dict(pairs=pairs, ours_s=a, baseline_s=b, faster=faster)
 
 
 def peak_memory(call):
@@ -77,10 +78,12 @@ def peak_memory(call):
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # of blocks taken, and minus those returned
+    events = profiler.profiler.kineto_results.events()
+    events = sorted([e for e in events if e.name() == "[memory]"], key=lambda e: e.start_ns())
+    sizes = [e.nbytes() for e in events]  # of blocks taken, and minus those returned
     return int(np.cumsum([0, *sizes]).max())
 
 
@@ -94,11 +97,13 @@ def randn(*shape):
     return torch.randn(*shape, device=DEVICE)
 
 
-# --- Losses --------------------------------------------------------------------------------------------------------
-
+# --- Losses ---------------------------------------------------------------------------------------
 
 def off_diagonal(matrices):
-    """(..., D, D) -> (..., D (D - 1)): without the first element, each row of D + 1 ends with one of the diagonal."""
+    """(..., D, D) -> (..., D (D - 1)).
+
+    Without the first element, each row of D + 1 ends with one of the diagonal.
+    """
     d = matrices.shape[-1]
     return matrices.flatten(-2)[..., 1:].unflatten(-1, (d - 1, d + 1))[..., :-1].flatten(-2)
 
@@ -117,7 +122,8 @@ def algorithm_1(z_a, z_b):
 
 def vicreg_row(n, d=8192):
     z_a, z_b = randn(n, d), randn(n, d)
-    return f"n={n} D={d}", gradients(lambda a, b: vicreg.vicreg_loss(a, b)[0], z_a, z_b), gradients(algorithm_1, z_a, z_b)
+    ours = gradients(lambda a, b: vicreg.vicreg_loss(a, b)[0], z_a, z_b)
+    return f"n={n} D={d}", ours, gradients(algorithm_1, z_a, z_b)
 
 
 class Gather(torch.autograd.Function):
@@ -138,31 +144,37 @@ class Gather(torch.autograd.Function):
 def on_process(rank, world, n, d):
     z_a, z_b = torch.randn(n, d), torch.randn(n, d)
     ours = gradients(lambda a, b: vicreg.vicreg_loss(a, b)[0], z_a, z_b)
-    baseline = gradients(lambda a, b: algorithm_1(Gather.apply(a), Gather.apply(b)), z_a, z_b)
+    gathered = lambda a, b: algorithm_1(Gather.apply(a), Gather.apply(b))  # noqa: E731
+    baseline = gradients(gathered, z_a, z_b)
     return alternate(ours, baseline, pairs=5)
 
 
 def vicreg_gloo(n=256, d=8192, world=2):
     """Measured inside `world` CPU processes of one thread each."""
-    with tempfile.TemporaryDirectory() as folder:
-        measured = helpers.on_processes(world, Path(folder) / "processes", on_process, n, d)[0]
+    measured, *_ = helpers.POOL.call(world, on_process, n, d, seconds=600)
+    helpers.POOL.close()
     return f"G={world} n={n} each D={d}, 1 thread each", measured
 
 
 def nearest_by_loop(query, candidates, a, b, kept):
-    """Algorithm 1 of VICRegL, lines 22-28: query (B, N, D), candidates (B, N', D), compared by a and b."""
-    images, found, distances = torch.arange(len(query), device=query.device), [], []
+    """Algorithm 1 of VICRegL, lines 22-28: query (B, N, D), candidates (B, N', D), compared by a
+    and b."""
+    images = torch.arange(len(query), device=query.device)
+    found, distances = [], []
     for location in range(query.shape[1]):
-        distance, nearest = (a[:, location, None] - b).norm(dim=2).min(1)  # (B, 1, .) (B, N', .) -> (B,)
+        offsets = a[:, location, None] - b  # (B, N', .)
+        distance, nearest = offsets.norm(dim=2).min(1)  # (B,)
         found.append(candidates[images, nearest])
         distances.append(distance)
-    best = torch.stack(distances, 1).topk(kept, largest=False).indices[..., None].expand(-1, -1, query.shape[2])
+    best = torch.stack(distances, 1).topk(kept, largest=False).indices  # (B, kept)
+    best = best[..., None].expand(-1, -1, query.shape[2])
     return query.gather(1, best), torch.stack(found, 1).gather(1, best)  # (B, kept, D)
 
 
 def local_row(b=64, side=7, d=512, kept=20):
     maps = randn(b, side ** 2, d), randn(b, side ** 2, d)
-    boxes, flips = 10 + 90 * torch.rand(2, b, 4, device=DEVICE), torch.rand(2, b, device=DEVICE) < 0.5
+    boxes = 10 + 90 * torch.rand(2, b, 4, device=DEVICE)
+    flips = torch.rand(2, b, device=DEVICE) < 0.5
     pos = [vicregl.positions(*view, side) for view in zip(boxes, flips)]  # (B, H, W, 2)
     flat = [p.flatten(1, 2) for p in pos]
     return f"B={b} N={side ** 2} D={d} {kept} matches", maps, pos, flat, kept
@@ -176,7 +188,8 @@ def local_literal():
             pairs = [(a.detach(), b.detach()), pos]
         return sum(algorithm_1(*nearest_by_loop(a, b, *pair, kept)) for pair in pairs)
 
-    return size, gradients(lambda a, b: vicregl.local_criterion(a, b, *pos)[0], *maps), gradients(literal, *maps)
+    ours = gradients(lambda a, b: vicregl.local_criterion(a, b, *pos)[0], *maps)
+    return size, ours, gradients(literal, *maps)
 
 
 def local_lightly():
@@ -186,7 +199,9 @@ def local_lightly():
     theirs, y = VICRegLLoss(alpha=0.0, num_matches=(kept, kept)), randn(len(maps[0]), 2)
 
     def ours(a, b):  # both directions, as there
-        return vicregl.local_criterion(a, b, *flat)[0] + vicregl.local_criterion(b, a, *flat[::-1])[0]
+        there, _ = vicregl.local_criterion(a, b, *flat)
+        back, _ = vicregl.local_criterion(b, a, *flat[::-1])
+        return there + back
 
     def lightly(a, b):
         return theirs([(y, m.unflatten(1, pos[0].shape[1:3])) for m in (a, b)], pos)
@@ -204,7 +219,8 @@ def masked_distances(distances, labels, num_objects):
 
 
 def clustering(b=16, side=14, k=32, d=384):
-    tokens, pos = randn(b, 2 * side ** 2, d), 224 * torch.rand(b, 2 * side ** 2, 2, device=DEVICE)
+    tokens = randn(b, 2 * side ** 2, d)
+    pos = 224 * torch.rand(b, 2 * side ** 2, 2, device=DEVICE)
     init = torch.rand(b, 2 * side ** 2, device=DEVICE).argsort(1)[:, :k]
     ours = functools.partial(cribo.joint_space_clustering, tokens, pos, k, 1.0, init)
 
@@ -225,13 +241,14 @@ def coding_rate(side, n=1024, d=128, eps=0.2):
     """total_coding_rate against the logdet of z z^T ("n") or z^T z ("d")."""
     def logdet(z):
         product = z @ z.T if side == "n" else z.T @ z
-        return 0.5 * torch.logdet(torch.eye(len(product), device=z.device) + d / (n * eps) * product)
+        identity = torch.eye(len(product), device=z.device)
+        return 0.5 * torch.logdet(identity + d / (n * eps) * product)
 
     z = F.normalize(randn(n, d), dim=1)
     return f"n={n} d={d}", gradients(bagssl.total_coding_rate, z), gradients(logdet, z)
 
 
-# --- Training steps ------------------------------------------------------------------------------------------------
+# --- Training steps -------------------------------------------------------------------------------
 
 IMAGES, PROJECTOR = (256, 3 * [8192]) if CUDA else (8, 3 * [2048])
 ARCH, VIT, SIZE = "resnet50", "vit_small_patch16", 224
@@ -239,14 +256,17 @@ STEP = f"{IMAGES} images of {SIZE}, {{}}, " + ("bf16" if BF16 else "float32")
 
 
 def views(count, images=IMAGES):
-    return [torch.randint(0, 256, (images, 3, SIZE, SIZE), dtype=torch.uint8, device=DEVICE) for _ in range(count)]
+    shape = (images, 3, SIZE, SIZE)
+    return [torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE) for _ in range(count)]
 
 
 def boxes():
     """Random boxes (B, 2, 4) and flips (B, 2) of two views of images of 375 x 500 pixels."""
-    rng = random.Random(0)
-    box = [[vicreg.random_box(rng, 375, 500, (0.2, 1.0)) for _ in range(2)] for _ in range(IMAGES)]
-    return torch.tensor(box, dtype=torch.float32, device=DEVICE), torch.rand(IMAGES, 2, device=DEVICE) < 0.5
+    image = torch.empty(3, 375, 500)
+    crop = functools.partial(T.RandomResizedCrop.get_params, image, (0.2, 1.0), (3 / 4, 4 / 3))
+    box = [[crop(), crop()] for _ in range(IMAGES)]
+    flips = torch.rand(IMAGES, 2, device=DEVICE) < 0.5
+    return torch.tensor(box, dtype=torch.float32, device=DEVICE), flips
 
 
 def autocast():
@@ -259,13 +279,17 @@ def on_device(model):
 
 
 def training_step(model, colours, forward, loss, optimizer=None, after=lambda: None):
-    """A step on two random views as in the methods' train(): colours, forward(views), loss(outputs), gradient, update."""
-    x, colours = views(2), [common.Photometric(**colour) for colour in colours]
-    optimizer = optimizer or training.LARS([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=1e-6)
+    """A step on two random views as in the methods' train(): colours, forward(views),
+    loss(outputs), gradient, update."""
+    x = views(2)
+    colours = [common.Photometric(**colour) for colour in colours]
+    if optimizer is None:
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = training.LARS(params, lr=0.1, weight_decay=1e-6)
 
     def step():
-        generator = training.seed_step(0, 0)
-        inputs = [colour(view, generator) for colour, view in zip(colours, x)]
+        torch.manual_seed(0)
+        inputs = [colour(view) for colour, view in zip(colours, x)]
         with autocast():
             outputs = forward(inputs)
         value = loss(outputs)
@@ -279,73 +303,72 @@ def training_step(model, colours, forward, loss, optimizer=None, after=lambda: N
 
 def vicreg_step():
     model = on_device(vicreg.VICReg(common.build_backbone(ARCH), PROJECTOR))
-    return training_step(model, vicreg.VIEWS["paper"][1:], lambda x: model(*x), lambda out: vicreg.vicreg_loss(*out[:2])[0])
+    _, colours = vicreg.VIEWS["paper"]
+    return training_step(model, colours, lambda x: model(*x),
+                         lambda out: vicreg.vicreg_loss(*out[:2])[0])
 
 
 def vicregl_step():
-    model, places = on_device(vicregl.VICRegL(common.build_backbone(ARCH), PROJECTOR)), boxes()
+    model = on_device(vicregl.VICRegL(common.build_backbone(ARCH), PROJECTOR))
+    places = boxes()
     colours = 2 * [dict(jitter=vicregl.JITTER, blur_p=0.5, solarize_p=0.1)]
-    return training_step(model, colours, model, lambda out: vicregl.vicregl_loss(
-        *out[:2], vicregl.map_positions(*places, out[1]))[0])
+
+    def loss(outputs):
+        embeddings, maps, *_ = outputs
+        return vicregl.vicregl_loss(embeddings, maps, vicregl.map_positions(*places, maps))[0]
+
+    return training_step(model, colours, model, loss)
 
 
 def bagssl_step():
     model = on_device(bagssl.BagSSL(common.build_backbone(ARCH), PROJECTOR))
-    return training_step(model, bagssl.COLOURS, model, lambda out: bagssl.bag_loss(out[0], "vicreg")[0])
+    return training_step(model, bagssl.COLOURS, model,
+                         lambda out: bagssl.bag_loss(out[0], "vicreg")[0])
 
 
-def lc_step():
-    model, (box, flip) = on_device(lc_loss.BYOL(common.build_backbone(ARCH))), boxes()
+def lc_step(alpha=0.1):
+    """alpha 0: BYOL, without anything local; what LC-loss adds to."""
+    model = on_device(lc_loss.BYOL(common.build_backbone(ARCH), alpha=alpha))
+    box, flip = boxes()
     sizes = torch.tensor([[375, 500]], device=DEVICE).expand(IMAGES, -1)
+    grid = SIZE // model.backbone.stride
 
     def loss(outputs):
-        points = lc_loss.correspondences(box[:, 1], flip[:, 1], sizes, SIZE // model.backbone.stride)
-        return lc_loss.lc_loss(*outputs[:6], *points)[0]
+        out, _ = outputs
+        points, valid = lc_loss.correspondences(box[:, 1], flip[:, 1], sizes, grid)
+        return lc_loss.lc_loss(*out, points, valid, alpha)[0]
 
-    return training_step(model, lc_loss.COLOURS, lambda x: model(*x), loss, after=lambda: model.update_target(0.996))
-
-
-def byol_step():
-    """The same without anything local: what LC-loss adds to."""
-    model = on_device(lc_loss.BYOL(common.build_backbone(ARCH)))
-    del model.local, model.target["local"]
-
-    def forward(x):
-        q = [model.predictor(model.projector(model.backbone(view)[1])) for view in x]
-        with torch.no_grad():
-            return *q, *(model.target["projector"](model.target["backbone"](view)[1]) for view in x)
-
-    def loss(outputs):
-        q_c, q_sc, g_c, g_sc = (out.float() for out in outputs)
-        return lc_loss.byol_loss(q_c, g_sc) + lc_loss.byol_loss(q_sc, g_c)
-
-    return training_step(model, lc_loss.COLOURS, forward, loss, after=lambda: model.update_target(0.996))
+    return training_step(model, lc_loss.COLOURS, lambda x: model(*x), loss,
+                         after=lambda: model.update_target(0.996))
 
 
 def cribo_step():
     student = on_device(cribo.Student(common.build_backbone(VIT, drop_path=0.1)))
-    model = cribo.CrIBo(student, bank_images=25_000 if CUDA else 1_000, bank_dtype=torch.bfloat16).to(DEVICE)
+    model = cribo.CrIBo(student, bank_images=25_000 if CUDA else 1_000).to(DEVICE)
     model.bank.objects.normal_()
     model.bank.pushed.fill_(model.bank.objects.shape[1])
     pos = cribo.joint_positions(*boxes(), SIZE // student.backbone.stride)
 
     def forward(x):
         x = torch.cat(x)
-        assignment, _, _, teacher = model(x, pos)
-        return teacher, student(x, assignment)[:2]
+        assignment, _, targets = model(x, pos, True)
+        image, objects, _ = student(x, assignment)
+        return targets, image, objects
 
     def loss(outputs):
-        for center, seen in zip(model.centers, outputs[0]):
-            cribo.update_center(center, seen)
-        return cribo.cribo_loss(*outputs, model.centers, 0.07)[0]
+        targets, *_ = outputs
+        cribo.update_center(model.image_center, targets.image)
+        cribo.update_center(model.object_center, targets.objects)
+        return cribo.cribo_loss(*outputs, model.image_center, model.object_center, 0.07)[0]
 
     return training_step(student, cribo.COLOURS, forward, loss, cribo.make_optimizer(student),
                          lambda: model.update_teacher(0.996))
 
 
 def backbone_alone(arch, teacher):
-    """Forward and backward of two views; `teacher`: and the forward pass of a second, frozen network."""
-    model, x = on_device(common.build_backbone(arch)), [common.normalize(v.float() / 255) for v in views(2)]
+    """Forward and backward of two views; `teacher`: and the forward pass of a second network."""
+    model = on_device(common.build_backbone(arch))
+    x = [common.normalize(view.float() / 255) for view in views(2)]
     target = copy.deepcopy(model)
 
     def passes():
@@ -372,7 +395,8 @@ def lars_row():
     model = on_device(common.build_backbone(ARCH))
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    params, momenta = list(model.parameters()), [torch.zeros_like(p) for p in model.parameters()]
+    params = list(model.parameters())
+    momenta = [torch.zeros_like(p) for p in params]
 
     @torch.no_grad()
     def loop(lr=1e-4, decay=1e-6, momentum=0.9, eta=0.001):
@@ -388,18 +412,19 @@ def lars_row():
     return ARCH, training.LARS(params, lr=1e-4, weight_decay=1e-6).step, loop
 
 
-# --- Data ----------------------------------------------------------------------------------------------------------
-
+# --- Data -----------------------------------------------------------------------------------------
 
 def photos(folder, count=16, width=500, height=375):
-    """JPEG files of about 110 kB, as ImageNet's: noise whose strength falls with its frequency as in photographs."""
+    """JPEG files of about 110 kB, as ImageNet's: noise whose strength falls with its frequency."""
     rng = np.random.default_rng(0)
     for i in range(count):
         image = np.full((height, width, 3), 128.0)
         for cells in (3, 6, 12, 24, 48, 96, 192, 384):
             noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-            image += (np.asarray(noise.resize((width, height), Image.BICUBIC)) - 128.0) / cells ** 0.25
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(Path(folder) / f"{i}.jpg", quality=90)
+            noise = np.asarray(noise.resize((width, height), Image.BICUBIC))
+            image += (noise - 128.0) / cells ** 0.25
+        image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+        image.save(Path(folder) / f"{i}.jpg", quality=90)
     return common.find_images(folder)
 
 
@@ -411,27 +436,38 @@ def on_one_thread(call):
 
 
 def loader(colours, folder=tempfile.TemporaryDirectory()):  # noqa: B008
-    """Two views of each of 16 files on one core: common.Views (and Photometric on the device) against torchvision's.
+    """Two views of each of 16 files on one core: common.Views (and Photometric on the device)
+    against torchvision's.
 
     Without `colours`, ours is what a worker of a GPU run does, where colours cost the CPU nothing.
     """
     data = photos(folder.name)
     sample = functools.partial(vicreg.sample_views, area=(0.2, 1.0), size=224)
-    dataset, colour = common.Views(data, sample, seed=0), common.Photometric(**vicreg.VIEWS["paper"][1])
+    dataset = common.Views(data, sample, seed=0)
+    colour = common.Photometric(**vicreg.VIEWS["paper"][1][0])
+
+    def blur(image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
+
     transform = T.Compose([
-        T.RandomResizedCrop(224, (0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
-        T.RandomApply([T.ColorJitter(*vicreg.JITTER)], 0.8), T.RandomGrayscale(0.2),
-        T.RandomApply([lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))], 0.5),
-        T.RandomSolarize(128, 0.1), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+        T.RandomResizedCrop(224, (0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+        T.RandomHorizontalFlip(),
+        T.RandomApply([T.ColorJitter(*vicreg.JITTER)], 0.8),
+        T.RandomGrayscale(0.2),
+        T.RandomApply([blur], 0.5),
+        T.RandomSolarize(128, 0.1),
+        T.ToTensor(),
+        T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ])
 
     def ours():
         batch = torch.utils.data.default_collate([dataset[0, i] for i in range(len(data))])
         for x in batch.views * colours:
-            colour(x.to(DEVICE), torch.Generator().manual_seed(0))
+            colour(x.to(DEVICE))
 
     def pillow():
         images = [Image.open(data.name(i)).convert("RGB") for i in range(len(data))]
-        torch.utils.data.default_collate([[transform(image), transform(image)] for image in images])
+        torch.utils.data.default_collate([[transform(im), transform(im)] for im in images])
 
     size = f"{len(data)} JPEG of 500x375, {os.path.getsize(data.name(0)) / 1000:.0f} kB"
     return size, functools.partial(on_one_thread, ours), functools.partial(on_one_thread, pillow)
@@ -439,9 +475,11 @@ def loader(colours, folder=tempfile.TemporaryDirectory()):  # noqa: B008
 
 def photometric():
     """Colours of 2 x IMAGES views against a step of the plain backbone with LARS on them."""
-    x, colour = torch.cat(views(2)), common.Photometric(**vicreg.VIEWS["paper"][1])
+    x = torch.cat(views(2))
+    colour = common.Photometric(**vicreg.VIEWS["paper"][1][0])
     model = on_device(common.build_backbone(ARCH))
-    optimizer, inputs = training.LARS(model.parameters(), lr=0.1), common.normalize(x.float() / 255)
+    optimizer = training.LARS(model.parameters(), lr=0.1)
+    inputs = common.normalize(x.float() / 255)
 
     def step():
         with autocast():
@@ -450,12 +488,14 @@ def photometric():
         loss.backward()
         optimizer.step()
 
-    return f"{len(x)} views of {SIZE}", lambda: colour(x, torch.Generator().manual_seed(0)), step
+    return f"{len(x)} views of {SIZE}", lambda: colour(x), step
 
 
-# --- Table ---------------------------------------------------------------------------------------------------------
+# --- Table ----------------------------------------------------------------------------------------
 
-ROWS = {  # name: (function, baseline, goals: how many times faster, and smaller at its peak; below 1 for what comes on top)
+# name: (function, baseline, goals: how many times faster, and smaller at its peak; below 1 for what
+# comes on top of the baseline)
+ROWS = {
     "vicreg_256": (functools.partial(vicreg_row, 256), "Algorithm 1", 20, 10),
     "vicreg_2048": (functools.partial(vicreg_row, 2048), "Algorithm 1", 3, 3),
     "vicreg_gloo": (vicreg_gloo, "gather, Algorithm 1", 10, None),
@@ -469,12 +509,15 @@ ROWS = {  # name: (function, baseline, goals: how many times faster, and smaller
     "loader": (functools.partial(loader, False), "Pillow, torchvision", 4, None),
     "loader_colours": (functools.partial(loader, True), "Pillow, torchvision", 4, None),
     "photometric": (photometric, "backbone step", 1 / 0.08, None),
-    "lc_byol": (functools.partial(against, lc_step, byol_step), "BYOL step", 1 / 1.03, None),
-    "vicregl_vicreg": (functools.partial(against, vicregl_step, vicreg_step), "VICReg step", 1 / 1.09, 1 / 1.2),
+    "lc_byol": (functools.partial(against, lc_step, functools.partial(lc_step, 0.0)), "BYOL step",
+                1 / 1.03, None),
+    "vicregl_vicreg": (functools.partial(against, vicregl_step, vicreg_step), "VICReg step",
+                       1 / 1.09, 1 / 1.2),
     "step_vicreg": (functools.partial(step_row, vicreg_step), "backbone passes", None, None),
     "step_vicregl": (functools.partial(step_row, vicregl_step), "backbone passes", None, None),
     "step_lc": (functools.partial(step_row, lc_step, teacher=True), "backbone passes", None, None),
-    "step_cribo": (functools.partial(step_row, cribo_step, VIT, True), "backbone passes", None, None),
+    "step_cribo": (functools.partial(step_row, cribo_step, VIT, True), "backbone passes", None,
+                   None),
     "step_bagssl": (functools.partial(step_row, bagssl_step), "backbone passes", None, None),
 }
 NO_MEMORY = {"vicreg_gloo", "loader", "loader_colours"}  # measured elsewhere, or mostly Pillow's
@@ -484,17 +527,19 @@ def machine():
     """What the numbers hold for, and the FLOP/s of a large matrix product."""
     cpu = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
-        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     n = 8192 if CUDA else 2048
     a = randn(n, n).to(torch.bfloat16 if BF16 else torch.float32)
     seconds = statistics.median(clock(lambda: a @ a) for _ in range(9))
     return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(),
                 gpu=torch.cuda.get_device_name() if CUDA else "none", torch=torch.__version__,
-                python=platform.python_version(), matmul_dtype=str(a.dtype), matmul_tflops=2 * n ** 3 / seconds / 1e12)
+                python=platform.python_version(), matmul_dtype=str(a.dtype),
+                matmul_tflops=2 * n ** 3 / seconds / 1e12)
 
 
 def measure(name, matmul_flops):
-    """One row: size, seconds, peak memory; of training steps also images/s and the share of matmul_flops."""
+    """One row: size, seconds, peak memory; of steps also images/s and the share of matmul_flops."""
     function, baseline, *_ = ROWS[name]
     torch.manual_seed(0)
     size, *calls = function()
@@ -514,31 +559,44 @@ def measure(name, matmul_flops):
 
 
 def show(ratio, goal, on_top):
-    """A ratio of the baseline to ours and its goal: "20.3x (20)", or, where ours comes on top of it, "+2.1% (+3%)"."""
+    """A ratio of the baseline to ours and its goal: "20.3x (20)", or, where ours comes on top of
+    it, "+2.1% (+3%)"."""
     if ratio is None:
         return "-"
     if on_top:
-        return f"{100 / ratio - 100:+.1f}%" + (f" ({100 / goal - 100:+.0f}%)" if goal else "")
-    return f"{ratio:.{0 if ratio >= 100 else 1 if ratio >= 10 else 2}f}x" + (f" ({goal:.3g})" if goal else "")
+        shown = f"{100 / ratio - 100:+.1f}%"
+        return f"{shown} ({100 / goal - 100:+.0f}%)" if goal else shown
+    digits = 0 if ratio >= 100 else 1 if ratio >= 10 else 2
+    shown = f"{ratio:.{digits}f}x"
+    return f"{shown} ({goal:.3g})" if goal else shown
 
 
-def line(name, row):
+def cells(name, row):
     *_, faster, smaller = ROWS[name]
     on_top = not faster or faster < 1
-    memory = f"{row['ours_mb']:.0f} / {row['baseline_mb']:.0f}" if "ours_mb" in row else "-"
-    steps = f"{row['images_per_s']:.1f} img/s, {row['share_of_matmul']:.0%}" if "images_per_s" in row else ""
-    return (name, row["size"], row["baseline"], f"{1e3 * row['ours_s']:.4g} / {1e3 * row['baseline_s']:.4g}",
-            show(row["faster"], faster, on_top), memory, show(row.get("smaller"), smaller, on_top), row["pairs"], steps)
+    seconds = f"{1e3 * row['ours_s']:.4g} / {1e3 * row['baseline_s']:.4g}"
+    memory = steps = ""
+    if "ours_mb" in row:
+        memory = f"{row['ours_mb']:.0f} / {row['baseline_mb']:.0f}"
+    if "images_per_s" in row:
+        steps = f"{row['images_per_s']:.1f} img/s, {row['share_of_matmul']:.0%}"
+    return (name, row["size"], row["baseline"], seconds, show(row["faster"], faster, on_top),
+            memory, show(row.get("smaller"), smaller, on_top), row["pairs"], steps)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW",
+                        help=", ".join(ROWS))
     parser.add_argument("--out", type=Path, default="benchmark.json")
     args = parser.parse_args()
-    about, rows = machine(), {}
-    print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in about.items()))
-    print("\n| row | size | baseline | ms, ours / theirs | time (goal) | peak MB, ours / theirs | memory (goal) | turns | |")
+    about = machine()
+    rows = {}
+    for key, value in about.items():
+        print(key, f"{value:.4g}" if isinstance(value, float) else value, end="; ")
+    print("\n\n| row | size | baseline | ms, ours / theirs | time (goal) | peak MB, ours / theirs "
+          "| memory (goal) | turns | |")
     print("| --- " * 9 + "|")
     for name in args.only:
         try:
@@ -546,7 +604,7 @@ def main():
         except ImportError as error:
             print(f"| {name} | left out: {error} |")
             continue
-        print("| " + " | ".join(map(str, line(name, rows[name]))) + " |", flush=True)
+        print("| " + " | ".join(map(str, cells(name, rows[name]))) + " |", flush=True)
         args.out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
 
 

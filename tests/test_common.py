@@ -68,7 +68,7 @@ def test_maps_are_row_major():
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "convnext_tiny"])
 def test_torchvision_loads_the_weights_and_agrees(arch):
     torch.manual_seed(0)
-    ours = common.build_backbone(arch, 224).eval()
+    ours = common.build_backbone(arch, 224, layer_scale=True).eval()
     theirs = getattr(torchvision.models, arch)(weights=None).eval()
     left = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not left.unexpected_keys

@@ -1,7 +1,7 @@
 """The runs behind docs/results.md: their commands, and the table made from what they left.
 
     python docs/results/results.py run [NAME ...]   # trains and evaluates what is missing; resumes
-    python docs/results/results.py collect          # copies commands, thinned logs, evaluations here
+    python docs/results/results.py collect          # copies commands, logs, evaluations here
     python docs/results/results.py table            # writes the table to docs/results.md
 
 In $DATA, all as JPEG files: imagenette160; voc_mini_s256, 1,000 + 445 images of VOC 2012 with their
@@ -25,10 +25,13 @@ NETTE = f"--data imagenette160 {SHORT} --size 64"
 VICREGL = f"{NETTE} --projector 1024-1024-1024 --local-projector 128-128 --base-lr 8 --final-lr 0"
 BYOL = f"{NETTE} --projector 1024-256 --base-lr 8 --momentum 0.97"
 CRIBO = (
-    f"{NETTE} --head 512-128-1024 --base-lr 8e-3 --final-weight-decay 0.04 --momentum 0.99 --drop-path 0 "
-    "--num-objects 8 --bank-images 2000 --teacher-temp 0.04 --temp-warmup-epochs 1"
+    f"{NETTE} --head 512-128-1024 --base-lr 8e-3 --final-weight-decay 0.04 --momentum 0.99 "
+    "--drop-path 0 --num-objects 8 --bank-images 2000 --teacher-temp 0.04 --temp-warmup-epochs 1"
 )
-CIFAR = f"--data cifar10-subset {SHORT} --size 32 --projector 1024-128 --base-lr 4 --weight-decay 1e-6 --patch-scale 0.1914"
+CIFAR = (
+    f"--data cifar10-subset {SHORT} --size 32 --projector 1024-128 --base-lr 4 "
+    "--weight-decay 1e-6 --patch-scale 0.1914"
+)
 TRAINING = {  # name: what the table calls it, its command
     "vicreg": ("VICReg", "vicreg.py"),
     "vicreg-no-var": ("VICReg without variance", "vicreg.py --var-coeff 0"),
@@ -102,7 +105,8 @@ COLUMNS = {  # file: row, column
 def commands(name, seed):
     """{the result that it leaves: the command}, for a run: training, then evaluations."""
     folder, script = f"{name}-s{seed}", TRAINING[name][1]
-    train = f"python {script} --workers 1 --log-every 10 --seed {seed} --out runs/results --name {folder}"
+    flags = f"--workers 1 --log-every 10 --seed {seed} --out runs/results --name {folder}"
+    train = f"python {script} {flags}"
     evaluate = f"python -m evaluate {{}} --checkpoint runs/results/{folder} --workers 1 {{}}"
     method = script.split(".")[0]
     special = ON_IMAGENETTE if NETTE in script else LONGER if "--epochs 14" in script else {}

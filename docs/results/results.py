@@ -111,13 +111,10 @@ def commands(name, seed):
     method = script.split(".")[0]
     special = ON_IMAGENETTE if NETTE in script else LONGER if "--epochs 14" in script else {}
     protocols = special.get(method, PROTOCOLS[method])
-    return {
-        "knn": train,
-        **{
-            protocol: evaluate.format(protocol, flags).rstrip()
-            for protocol, flags in protocols.items()
-        },
-    }
+    result = {"knn": train}
+    for protocol, special_flags in protocols.items():
+        result[protocol] = evaluate.format(protocol, special_flags).rstrip()
+    return result
 
 
 def run(*names):
@@ -127,9 +124,8 @@ def run(*names):
                 if not (RUNS / f"{name}-s{seed}" / f"{result}.jsonl").exists():
                     print(command, flush=True)
                     words = [sys.executable, *shlex.split(command)[1:]]
-                    subprocess.run(
-                        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True
-                    )
+                    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+                    subprocess.run(words, cwd=ROOT, env=env, check=True)
 
 
 def collect():
@@ -141,15 +137,14 @@ def collect():
                 (place / "commands.txt").write_text("\n".join(commands(name, seed).values()) + "\n")
                 lines = (source / "log.jsonl").read_text().splitlines(keepends=True)
                 step = -(-len(lines) // 300)
-                (place / "log.jsonl").write_text(
-                    "".join(lines[(len(lines) - 1) % step :: step])
-                )  # with the last one
+                thinned = lines[(len(lines) - 1) % step :: step]  # with the last one
+                (place / "log.jsonl").write_text("".join(thinned))
                 for result in commands(name, seed):
                     shutil.copy(source / f"{result}.jsonl", place)
 
 
 def cell(places, file, row, column):
-    """Mean and standard deviation over seeds of one number in each seed's file; nothing where it was not measured."""
+    """Mean and standard deviation over seeds of one number, nothing where it was not measured."""
     values = []
     for path in (place / f"{file}.jsonl" for place in places):
         if path.exists():
@@ -160,7 +155,7 @@ def cell(places, file, row, column):
 
 
 def minutes(places):
-    """Of training. Each line of a log says how long the rest of its run takes: the median, as some runs were paused."""
+    """Of training: the median of what the log's lines say, as some runs were paused."""
     times = []
     for place in places:
         *lines, last = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]

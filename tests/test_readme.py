@@ -39,14 +39,15 @@ def test_commands_name_real_files_and_flags():
     found = 0
     for command in commands:
         words = shlex.split(command.split("#")[0].replace("'", " "))
-        names = [word for word in words if word.endswith(".py") or word == "evaluate"]
-        for name in names:
-            if name == "evaluate":
-                protocol = words[words.index(name) + 1]
+        scripts = [word for word in words if word.endswith(".py") or word == "evaluate"]
+        for script in scripts:
+            if script == "evaluate":
+                protocol = words[words.index(script) + 1]
                 assert (ROOT / "evaluate" / f"{protocol}.py").exists(), command
-            for flag in [word for word in words[words.index(name):] if word.startswith("--")]:
-                flag = flag.split("=")[0].replace("--no-", "--")
-                assert f'"{flag}"' in sources[name] + everywhere, command
+            for flag in [word for word in words[words.index(script):] if word.startswith("--")]:
+                flag = flag.split("=")[0]
+                names = (f'"{flag}"', f'"{flag.replace("--no-", "--")}"')
+                assert any(name in sources[script] + everywhere for name in names), command
             found += 1
     assert found >= 6
 

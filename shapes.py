@@ -30,11 +30,8 @@ def wave(texture, u, v, frequency, phase):
 
 
 class Shapes:
-    """Scenes of five to seven textured objects on a grey ground; scene `index` is always the same.
-
-    An object's class is its outline (4) and its texture (3) together, whatever its colours, size
-    and rotation. All objects of a scene but one are of one class, which is the scene's label.
-    """
+    """Scenes of five to seven textured objects; scene `index` is always the same. An object's class
+    is its outline and texture together. All objects but one are of one class, the scene's label."""
 
     classes = [f"{texture} {outline}" for outline in OUTLINES for texture in TEXTURES]
 
@@ -71,7 +68,8 @@ class Shapes:
     def draw(self, image, mask, kind, rng):
         """Draws an object of this class at a random place, size, rotation and in random colours."""
         radius = rng.uniform(0.16, 0.26) * self.size  # in pixels
-        y, x = rng.uniform(radius, self.size - radius, 2)
+        y = rng.uniform(radius, self.size - radius)
+        x = rng.uniform(radius, self.size - radius)
         rows = slice(int(y - radius), int(y + radius) + 2)
         columns = slice(int(x - radius), int(x + radius) + 2)
         dy = (np.arange(self.size)[rows, None] - y) / radius
@@ -80,7 +78,9 @@ class Shapes:
         u = math.cos(turn) * dx - math.sin(turn) * dy
         v = math.sin(turn) * dx + math.cos(turn) * dy
 
-        values = wave(TEXTURES[kind % 3], u, v, rng.uniform(13, 18), rng.uniform(0, 2 * math.pi))
+        frequency = rng.uniform(13, 18)
+        phase = rng.uniform(0, 2 * math.pi)
+        values = wave(TEXTURES[kind % 3], u, v, frequency, phase)
         share = (0.5 + values).clip(0, 1)[..., None]  # (h, w, 1)
         dark = rng.uniform(0, 120, 3)
         light = rng.uniform(110, 255, 3)

@@ -171,7 +171,9 @@ def parse_args(parser, recipes, limits):
     args = parser.parse_args()
     for name, value in vars(args).items():
         low, high = (LIMITS | limits).get(name, (0, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:
+        values = value if isinstance(value, list) else [value]
+        numbers = [v for v in values if isinstance(v, int | float)]
+        if numbers and not low <= min(numbers) <= max(numbers) <= high:
             said = f"--{name.replace('_', '-')} {value}"
             raise UserError(f"{said}: it must be at least {low} and at most {high}")
     return args

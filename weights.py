@@ -77,7 +77,8 @@ def backbone_state(state):
     for prefix in ("module.", "backbone."):
         inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         state = inner or state
-    return {key: value for key, value in state.items() if not key.startswith(HEADS)}
+    return {key: value for key, value in state.items()
+            if not key.startswith(HEADS) or key.startswith("head.norm.")}  # timm's ConvNeXt
 
 
 def load_backbone(checkpoint, arch=None):

@@ -1,23 +1,37 @@
-"""vicregl.py: positions, matches and the loss against the paper, the golden numbers and vicreg.py; the training run."""
-import json
+"""vicregl.py: positions, matches and loss against the paper, the golden numbers and vicreg.py; its
+command line."""
+import contextlib
 import os
-import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import ROOT, kill_tree, make_images, on_processes, script, start, user_error
+from helpers import ROOT, make_images, on_processes, user_error
 from PIL import Image
-from test_vicreg import algorithm_1, assert_same, outcome, wait_for_line
+from test_vicreg import algorithm_1, assert_same, outcome
+from torchvision.transforms import RandomResizedCrop
 
 import common
+import training
 import vicreg
 import vicregl
-from vicregl import closest, feature_distances, local_criterion, location_distances, match, positions, vicregl_loss
+from vicregl import (
+    closest,
+    feature_distances,
+    local_criterion,
+    location_distances,
+    map_positions,
+    match,
+    positions,
+    vicregl_loss,
+)
 
 RELEASED = dict(inv_coeff=25.0, var_coeff=12.5, cov_coeff=0.5)
 
@@ -30,58 +44,76 @@ def close(ours, theirs, tolerance=1e-9):
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def maps_and_positions(batch=5, grids=(4, 4), dim=6, seed=0):
+def maps_and_positions(batch=5, grids=(4, 4), dim=6):
     """Random maps V x (B, N, D) that require grad, and positions V x (B, N, 2) of random crops."""
-    g = torch.Generator().manual_seed(seed)
+    torch.manual_seed(0)
     maps, pos = [], []
     for grid in grids:
-        maps.append(torch.randn(batch, grid * grid, dim, generator=g, dtype=torch.float64).requires_grad_())
-        boxes = 100 * torch.rand(batch, 4, generator=g, dtype=torch.float64) + 20
-        pos.append(positions(boxes, torch.rand(batch, generator=g) < 0.5, grid).flatten(1, 2))
+        features = torch.randn(batch, grid * grid, dim, dtype=torch.float64)
+        maps.append(features.requires_grad_())
+        boxes = 100 * torch.rand(batch, 4, dtype=torch.float64) + 20
+        pos.append(positions(boxes, torch.rand(batch) < 0.5, grid).flatten(1, 2))
     return maps, pos
 
 
-# --- positions -----------------------------------------------------------------------------------------------------
-
+# --- positions ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", "abcd")
 def test_golden_positions(name):
     g = golden("positions")
-    ours = positions(g[f"{name}_box"][None], g[f"{name}_flip"][None], len(g[f"{name}_grid"]))[0]
+    grid = len(g[f"{name}_grid"])
+    ours = positions(g[f"{name}_box"][None], g[f"{name}_flip"][None], grid)[0]
     torch.testing.assert_close(ours, g[f"{name}_grid"], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("height,width", [(200, 256), (256, 64), (20, 24)])
 def test_positions_are_where_cut_cuts(height, width):
     y, x = np.mgrid[0:height, 0:width].astype(np.uint8)
-    image = Image.fromarray(np.stack([y, x, x], 2))  # each pixel holds its own coordinates; its centre is 0.5 further
-    rng = random.Random(0)
+    image = Image.fromarray(np.stack([y, x, x], 2))  # each pixel holds where it is
+    torch.manual_seed(0)
     for grid, size in ((7, 224), (4, 64), (3, 96), (1, 8)):
         for flip in (False, True):
-            box = vicregl.random_box(rng, height, width, (0.05, 1.0))
-            seen = F.adaptive_avg_pool2d(common.cut(image, box, flip, size)[:2].float(), grid).permute(1, 2, 0) + 0.5
-            where = positions(torch.tensor([box], dtype=torch.float32), torch.tensor([flip]), grid)[0]
+            box = RandomResizedCrop.get_params(image, (0.05, 1.0), (3 / 4, 4 / 3))
+            view = common.cut(image, box, flip, size)[:2].float()
+            seen = F.adaptive_avg_pool2d(view, grid).permute(1, 2, 0) + 0.5  # centres of pixels
+            where = positions(torch.tensor([box]), torch.tensor([flip]), grid)[0]
             assert (seen - where).abs().max() < 0.6, (box, flip, grid)
 
 
+def test_positions_of_half_precision_boxes_are_in_float32():
+    boxes = torch.tensor([[256.0, 384.0, 96.0, 112.0]])  # these are exact in bfloat16
+    flips = torch.tensor([True])
+    half = positions(boxes.bfloat16(), flips, 7)
+    assert half.dtype == torch.float32 and torch.equal(half, positions(boxes, flips, 7))
+    distances = location_distances(half.flatten(1, 2).bfloat16(), half.flatten(1, 2).bfloat16())
+    assert distances.dtype == torch.float32
+
+
+def test_a_map_that_is_no_square_grid_is_refused():
+    boxes, flips = torch.rand(2, 2, 4), torch.zeros(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="12 locations is not square"):
+        map_positions(boxes, flips, [torch.rand(2, 9, 5), torch.rand(2, 12, 5)])
+
+
 def test_views():
-    rng = random.Random(0)
-    views = vicregl.sample_views(rng, 300, 400, vicregl.VIEWS["multicrop"], 224)
-    assert [size for _, _, size in views] == [224] * 2 + [96] * 6
-    draws = [vicregl.sample_views(rng, 300, 400, vicregl.VIEWS["multicrop"], 224) for _ in range(300)]
+    torch.manual_seed(0)
+    image = Image.new("RGB", (400, 300))
+    kinds = vicregl.VIEWS["multicrop"]
+    draws = [vicregl.sample_views(image, kinds, 224) for _ in range(300)]
+    assert [size for _, _, size in draws[0]] == [224] * 2 + [96] * 6
     areas = np.array([[h * w / 120000 for (_, _, h, w), _, _ in views] for views in draws])
     assert 0.39 < areas[:, :2].min() < 0.45 and areas[:, :2].max() > 0.9
     assert 0.078 < areas[:, 2:].min() < 0.09 and 0.38 < areas[:, 2:].max() < 0.41
     assert 0.45 < np.mean([[flip for _, flip, _ in views] for views in draws]) < 0.55
-    views = vicregl.sample_views(rng, 300, 400, vicregl.VIEWS["two"], 224)
+    views = vicregl.sample_views(image, vicregl.VIEWS["two"], 224)
     assert [size for _, _, size in views] == [224] * 2
 
 
-# --- matches -------------------------------------------------------------------------------------------------------
-
+# --- matches --------------------------------------------------------------------------------------
 
 def grid_positions(box, flip=False, grid=7):
-    return positions(torch.tensor([box], dtype=torch.float64), torch.tensor([flip]), grid).flatten(1, 2)  # (1, N, 2)
+    boxes = torch.tensor([box], dtype=torch.float64)
+    return positions(boxes, torch.tensor([flip]), grid).flatten(1, 2)  # (1, N, 2)
 
 
 def nearest(pos_a, pos_b, num_matches=None):
@@ -91,9 +123,11 @@ def nearest(pos_a, pos_b, num_matches=None):
 
 def test_identity_crops_match_themselves():
     pos = grid_positions((10, 20, 140, 70))
+    assert (location_distances(pos, pos).diagonal(dim1=1, dim2=2) == 0).all()
     assert nearest(pos, pos) == (list(range(49)), list(range(49)))
     maps = torch.randn(3, 49, 8)
-    for distances in (feature_distances(maps, maps), location_distances(pos, pos).expand(3, -1, -1)):
+    by_place = location_distances(pos, pos).expand(3, -1, -1)
+    for distances in (feature_distances(maps, maps), by_place):
         for side in match(maps, maps, distances, None):
             assert torch.equal(side, maps)
     assert nearest(pos, pos, 20)[0] == list(range(20))  # all at distance 0: the first
@@ -111,12 +145,13 @@ def test_overlapping_crops_match_the_cell_of_the_same_pixel():
     kept, found = nearest(grid_positions((0, 0, 70, 70)), grid_positions((30, 20, 70, 70)), 20)
     assert kept == [7 * row + column for row in range(3, 7) for column in range(2, 7)]
     assert found == [7 * row + column for row in range(4) for column in range(5)]
-    # shifted by a third of a cell and of different sizes: each pixel centre's own cell, within the overlap
+    # shifted by a third of a cell, of different sizes: each centre's own cell, within the overlap
     a, b = grid_positions((5, 5, 56, 56)), grid_positions((8, 8, 42, 42))
     cell = ((a[0] - 8) / 6).floor()
     inside = ((cell >= 0) & (cell < 7)).all(1)
     expected = (7 * cell[:, 0] + cell[:, 1]).long()
-    assert inside.sum() >= 25 and torch.tensor(nearest(a, b)[1])[inside].tolist() == expected[inside].tolist()
+    assert inside.sum() >= 25
+    assert torch.tensor(nearest(a, b)[1])[inside].tolist() == expected[inside].tolist()
 
 
 def test_crops_apart_still_match():
@@ -124,7 +159,7 @@ def test_crops_apart_still_match():
     maps = torch.randn(1, 49, 8), torch.randn(1, 9, 8)
     query, found = match(*maps, location_distances(a, b), 20)
     assert query.shape == found.shape == (1, 20, 8)
-    assert torch.equal(found, maps[1][:, :1].expand(-1, 20, -1))  # its upper left corner is nearest to all
+    assert torch.equal(found, maps[1][:, :1].expand(-1, 20, -1))  # its upper left corner is nearest
     assert match(*maps, location_distances(a, b), 0)[0].shape == (1, 49, 8)
     assert match(*maps[::-1], location_distances(b, a), 20)[0].shape == (1, 9, 8)  # all that it has
 
@@ -132,43 +167,62 @@ def test_crops_apart_still_match():
 @pytest.mark.parametrize("name", ["vicregl_small", "vicregl_deep"])
 def test_golden_matches(name):
     g = golden(name)
-    distances = {"loc": location_distances(g["pos_0"].flatten(1, 2), g["pos_1"].flatten(1, 2)),
-                 "feat": feature_distances(g["map_0"], g["map_1"])}
+    pos = [g[f"pos_{v}"].flatten(1, 2) for v in range(2)]
+    distances = {"loc": location_distances(*pos), "feat": feature_distances(g["map_0"], g["map_1"])}
     for kind, d in distances.items():
         query, found = match(g["map_0"], g["map_1"], d, int(g["num_matches"][0]))
         assert torch.equal(query, g[f"{kind}_query"]) and torch.equal(found, g[f"{kind}_match"])
 
 
+def test_location_distances():
+    a, b = 200 * torch.rand(3, 30, 2), 200 * torch.rand(3, 9, 2)
+    exact = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(location_distances(a, b), exact, rtol=1e-6, atol=1e-5)
+
+
 def test_feature_distances():
     a, b = torch.randn(3, 30, 16) + 2, torch.randn(3, 9, 16) + 2
-    exact = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
-    torch.testing.assert_close(feature_distances(a, b).double(), exact, rtol=1e-4, atol=1e-4)
+    exact = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    ours = feature_distances(a, b).double()
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
     half = feature_distances(a.bfloat16(), b.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(feature_distances(a.bfloat16(), b.bfloat16()), half) and half.dtype == torch.float32
+        again = feature_distances(a.bfloat16(), b.bfloat16())
+    assert torch.equal(again, half) and half.dtype == torch.float32
+
+
+def test_matches_are_exact_where_images_differ_more_than_their_locations():
+    torch.manual_seed(0)
+    image = torch.randn(64, 1, 128)
+    a, b = image + 0.01 * torch.randn(2, 64, 49, 128)
+    ours = closest(feature_distances(a, b), 20)
+    exact = closest(feature_distances(a.double(), b.double()), 20)
+    for found, right in zip(ours, exact):
+        assert (found == right).all(1).float().mean() == 1  # 78% with the batch's mean taken off
 
 
 def test_no_gradient_through_distances():
     (a, b), (pos_a, pos_b) = maps_and_positions()
     pos_a.requires_grad_()
-    assert not location_distances(pos_a, pos_b).requires_grad and not feature_distances(a, b).requires_grad
+    assert not location_distances(pos_a, pos_b).requires_grad
+    assert not feature_distances(a, b).requires_grad
     distances = torch.rand(5, 16, 16, dtype=torch.float64, requires_grad=True)
     query, found = match(a, b, distances, 4)
     (query * found.detach()).sum().backward()
-    assert distances.grad is None and b.grad is None and (a.grad != 0).any(2).sum(1).tolist() == [4] * 5
+    assert distances.grad is None and b.grad is None
+    assert (a.grad != 0).any(2).sum(1).tolist() == [4] * 5
     local_criterion(a, b, pos_a, pos_b, 4, 4)[0].backward()
     assert pos_a.grad is None
 
 
-# --- the loss ------------------------------------------------------------------------------------------------------
-
+# --- the loss -------------------------------------------------------------------------------------
 
 def pair(g, i, j):
-    """The released local loss of two views: mean of both directions, each with its own number of location matches."""
+    """The released local loss of two views: mean of both directions, each with its own number."""
     numbers = g["num_matches"].tolist()
     loss, terms = 0, {}
     for number, a, b in ((numbers[0], i, j), (numbers[1], j, i)):
-        pos = (g[f"pos_{v}"].flatten(1, 2) for v in (a, b))
+        pos = [g[f"pos_{v}"].flatten(1, 2) for v in (a, b)]
         one, parts = local_criterion(g[f"map_{a}"], g[f"map_{b}"], *pos, number, None, **RELEASED)
         loss = loss + one / 2
         terms = {k: terms.get(k, 0) + RELEASED[f"{k}_coeff"] * v / 2 for k, v in parts.items()}
@@ -189,10 +243,14 @@ def test_golden_loss(name):
         close(terms[k], g[f"pair_{k}"])
         close(sum(p[k] for p in pairs) / 4, g[f"multi_{k}"])
     embeddings = [g[f"emb_{i}"] for i in range(3)]
-    _, parts = vicregl_loss(embeddings, [g[f"map_{i}"] for i in range(3)], [g[f"pos_{i}"].flatten(1, 2) for i in range(3)])
+    _, parts = vicregl_loss(embeddings, None, None, alpha=1.0)
     close(25 * parts["inv"], g["global_inv"])
-    close(2 * 12.5 * sum(vicregl.variance(z) for z in embeddings) / 3, g["global_var"])  # Differences, 5: a mean over views
-    close(2 * 0.5 * sum(vicregl.covariance(z) for z in embeddings) / 3, g["global_cov"])
+    # Difference 5: the release averages these over views
+    close(2 * 12.5 * sum(vicreg.variance(z) for z in embeddings) / 3, g["global_var"])
+    close(2 * 0.5 * sum(vicreg.covariance(z) for z in embeddings) / 3, g["global_cov"])
+    var, cov = vicregl.variance_and_covariance(torch.stack(embeddings, 1))
+    close(2 * 12.5 * var.mean(), g["global_var"])
+    close(2 * 0.5 * cov.mean(), g["global_cov"])
 
 
 def literal_local_criterion(map_a, map_b, pos_a, pos_b, num_matches, num_feature_matches):
@@ -204,18 +262,20 @@ def literal_local_criterion(map_a, map_b, pos_a, pos_b, num_matches, num_feature
         for image in range(len(map_a)):
             found, at = [], []
             for hw in range(map_a.shape[1]):
-                l2_dist = [torch.dist(of_a[image, hw], of_b[image, other]).item() for other in range(map_b.shape[1])]
+                l2_dist = [torch.dist(of_a[image, hw], other).item() for other in of_b[image]]
                 at.append(int(np.argmin(l2_dist)))
                 found.append(min(l2_dist))
             best = sorted(np.argsort(found, kind="stable")[:number])
             filtered.append(torch.stack([map_a[image, hw] for hw in best]))
             filtered_nn.append(torch.stack([map_b[image, at[hw]] for hw in best]))
-        z_a, z_b = torch.stack(filtered, 1), torch.stack(filtered_nn, 1)  # (n, B, D)
+        z_a, z_b = torch.stack(filtered, 1), torch.stack(filtered_nn, 1)  # (M, B, D)
         loss = loss + sum(algorithm_1(a, b) for a, b in zip(z_a, z_b)) / len(z_a)
     return loss
 
 
-@pytest.mark.parametrize("batch,grids,dim,numbers", [(5, (4, 4), 9, (6, 3)), (9, (3, 5), 4, (9, 5)), (4, (4, 2), 4, (7, 7))])
+@pytest.mark.parametrize("batch,grids,dim,numbers", [
+    (5, (4, 4), 9, (6, 3)), (9, (3, 5), 4, (9, 5)), (4, (4, 2), 4, (7, 7)),
+])
 def test_local_criterion_is_algorithm_1(batch, grids, dim, numbers):
     maps, pos = maps_and_positions(batch, grids, dim)
     theirs, _ = maps_and_positions(batch, grids, dim)
@@ -235,20 +295,31 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("n,d", [(6, 10), (10, 6), (6, 6)])
 def test_local_statistics_are_those_of_each_index(n, d):
-    z = torch.randn(n, 7, d, dtype=torch.float64)
-    for ours, theirs in ((vicregl.variance, vicreg.variance), (vicregl.covariance, vicreg.covariance)):
-        close(ours(z), torch.stack([theirs(z[:, i]) for i in range(7)]).mean())
-        close(ours(z[:, 0]), theirs(z[:, 0]))
+    z = torch.randn(n, 2, 7, d, dtype=torch.float64)
+    var, cov = vicregl.variance_and_covariance(z)
+    each = z.flatten(1, 2).unbind(1)
+    close(var, torch.stack([vicreg.variance(x) for x in each]))
+    close(cov, torch.stack([vicreg.covariance(x) for x in each]))
+    ours, parts = vicregl.vicreg_loss(z[:, 0], z[:, 1], 3.0, 2.0, 1.0)
+    theirs = [vicreg.vicreg_loss(a, b, 3.0, 2.0, 1.0)[0] for a, b in zip(each[:7], each[7:])]
+    close(ours, sum(theirs) / 7)
+    close(vicregl.vicreg_loss(each[0], each[1])[0], vicreg.vicreg_loss(each[0], each[1])[0])
 
 
-def three_views(batch=6, seed=0):
-    maps, pos = maps_and_positions(batch, (4, 4, 2), seed=seed)
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, 12, generator=g, dtype=torch.float64) for _ in range(3)], maps, pos
+def test_embeddings_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match="different shapes"):
+        vicregl.vicreg_loss(torch.rand(4, 6), torch.rand(4, 1))
+    with pytest.raises(ValueError, match="different shapes"):
+        vicregl.vicreg_loss(torch.rand(4, 3, 6), torch.rand(4, 1, 6))
+
+
+def several_views(batch=6, grids=(4, 4, 2, 2)):
+    maps, pos = maps_and_positions(batch, grids)
+    return [torch.randn(batch, 12, dtype=torch.float64) for _ in grids], maps, pos
 
 
 def test_alpha():
-    embeddings, maps, pos = (x[:2] for x in three_views())
+    embeddings, maps, pos = several_views(grids=(4, 4))
     z = [e.clone().requires_grad_() for e in embeddings]
     w = [e.clone().requires_grad_() for e in embeddings]
     loss, parts = vicregl_loss(z, maps, pos, alpha=1.0)
@@ -260,114 +331,223 @@ def test_alpha():
         close(a.grad, b.grad)
     for k in terms:
         close(parts[k], terms[k])
-    both = sum(local_criterion(maps[a], maps[b], pos[a], pos[b])[0] for a, b in ((0, 1), (1, 0))) / 2
-    close(vicregl_loss(embeddings, maps, pos, alpha=0.0)[0], both)
-    close(vicregl_loss(embeddings, maps, pos, alpha=0.3)[0], 0.3 * theirs + 0.7 * both)
+    both = [local_criterion(maps[a], maps[b], pos[a], pos[b])[0] for a, b in ((0, 1), (1, 0))]
+    local = sum(both) / 2
+    close(vicregl_loss(embeddings, maps, pos, alpha=0.0)[0], local)
+    close(vicregl_loss(embeddings, maps, pos, alpha=0.3)[0], 0.3 * theirs + 0.7 * local)
 
 
-def test_pairs_of_more_views():
-    embeddings, maps, pos = three_views()
-    numbers = {0: (5, 6), 1: (5, 6), 2: (3, 2)}
-    pairs = [(0, 1), (0, 2), (1, 0), (1, 2)]
-    expected = sum(vicreg.vicreg_loss(embeddings[i], embeddings[j], 3.0, 2.0, 1.0)[0] for i, j in pairs) / 4
-    local = sum(local_criterion(maps[a], maps[b], pos[a], pos[b], *numbers[a], 3.0, 2.0, 1.0)[0]
-                for i, j in pairs for a, b in ((i, j), (j, i))) / 8
-    loss, parts = vicregl_loss(embeddings, maps, pos, 0.6, (5, 3), (6, 2), 3.0, 2.0, 1.0)
-    close(loss, 0.6 * expected + 0.4 * local)
-    again = sum(c * (0.6 * parts[k] + 0.4 * parts[f"local_{k}"]) for k, c in (("inv", 3.0), ("var", 2.0), ("cov", 1.0)))
+def test_alpha_of_1_or_0_does_not_compute_the_other_criterion():
+    embeddings, maps, pos = several_views()
+    _, parts = vicregl_loss(embeddings, None, None, alpha=1.0)
+    assert list(parts) == ["inv", "var", "cov"]
+    loss, parts = vicregl_loss(None, maps, pos, alpha=0.0)
+    assert list(parts) == ["local_inv", "local_var", "local_cov"]
+    for alpha in (1.0, 0.0):  # where both are given, no zero gradients either
+        z = [e.clone().requires_grad_() for e in embeddings]
+        m = [x.detach().clone().requires_grad_() for x in maps]
+        vicregl_loss(z, m, pos, alpha)[0].backward()
+        assert all((x.grad is None) == (alpha == 0) for x in z)
+        assert all((x.grad is None) == (alpha == 1) for x in m)
+
+
+@pytest.mark.parametrize("grids", [(4, 4), (4, 4, 2), (3, 3, 2, 2, 2)])
+def test_pairs_of_views(grids):
+    embeddings, maps, pos = several_views(grids=grids)
+    numbers = {v: (5, 6) if v < 2 else (3, 2) for v in range(len(grids))}
+    pairs = [(i, j) for i in (0, 1) for j in range(len(grids)) if i != j]
+    coefficients = (3.0, 2.0, 1.0)
+    whole, local = 0, 0
+    for i, j in pairs:
+        whole += vicreg.vicreg_loss(embeddings[i], embeddings[j], *coefficients)[0] / len(pairs)
+        for a, b in ((i, j), (j, i)):
+            one, _ = local_criterion(maps[a], maps[b], pos[a], pos[b], *numbers[a], *coefficients)
+            local += one / (2 * len(pairs))
+    loss, parts = vicregl_loss(embeddings, maps, pos, 0.6, (5, 3), (6, 2), *coefficients)
+    close(loss, 0.6 * whole + 0.4 * local)
+    again = 0
+    for coefficient, k in zip(coefficients, ("inv", "var", "cov")):
+        again += coefficient * (0.6 * parts[k] + 0.4 * parts[f"local_{k}"])
     close(loss, again)
 
 
+def test_pairs_side_by_side_give_the_mean():
+    maps, pos = maps_and_positions(6, (3, 3, 2, 2))
+    a, b = torch.stack(maps[:2], 1), torch.stack(maps[2:], 1)
+    loss, _ = local_criterion(a, b, torch.stack(pos[:2], 1), torch.stack(pos[2:], 1), 4, 5)
+    one = local_criterion(maps[0], maps[2], pos[0], pos[2], 4, 5)[0]
+    other = local_criterion(maps[1], maps[3], pos[1], pos[3], 4, 5)[0]
+    close(loss, (one + other) / 2)
+
+
+def test_training_calls_algorithm_1(monkeypatch):
+    calls = []
+
+    def spy(*args):
+        calls.append([tuple(x.shape) for x in args[:2]] + list(args[4:6]))
+        return local_criterion(*args)
+    monkeypatch.setattr(vicregl, "local_criterion", spy)
+    embeddings, maps, pos = several_views()
+    vicregl_loss(embeddings[:2], maps[:2], pos[:2])
+    assert calls == [[(6, 2, 16, 6), (6, 2, 16, 6), 20, 20]]
+    calls.clear()
+    vicregl_loss(embeddings, maps, pos, num_matches=(20, 4))
+    large, small = (6, 4, 16, 6), (6, 4, 4, 6)
+    assert calls[1:] == [[large, small, 20, 20], [small, large, 4, 20]]
+
+
 def test_half_precision_inputs_give_a_float32_loss():
-    embeddings, maps, pos = three_views()
-    half = [[100 * t.detach().to(torch.bfloat16) for t in views] for views in (embeddings, maps)]
+    embeddings, maps, pos = several_views(grids=(4, 4, 2))
+    half = [[100 * t.detach().to(torch.bfloat16) for t in x] for x in (embeddings, maps)]
     pos = [p.float() for p in pos]
     with torch.autocast("cpu", torch.bfloat16):
         loss, parts = vicregl_loss(*half, pos)
-    assert loss.dtype == torch.float32 and all(v.dtype == torch.float32 for v in parts.values())
-    exact = vicregl_loss(*([t.double() for t in views] for views in half), [p.double() for p in pos])[0]
+    assert loss.dtype == torch.float32
+    assert all(v.dtype == torch.float32 for v in parts.values())
+    double = [[t.double() for t in x] for x in half]
+    exact = vicregl_loss(*double, [p.double() for p in pos])[0]
     torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
 
 
-def _ddp(rank, world, dims):
-    """Loss and parameter gradients for each width of the local features, of this process's share of 12 images."""
-    results = []
-    for d in dims:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, d)).double()
-        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
-        _, pos = maps_and_positions(12, (3, 3, 2))
-        x = [torch.randn(12, p.shape[1], 5, dtype=torch.float64)[mine] for p in pos]
-        net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        maps = net(torch.cat([v.flatten(0, 1) for v in x])).split([v.shape[0] * v.shape[1] for v in x])
-        maps = [m.unflatten(0, v.shape[:2]) for m, v in zip(maps, x)]
-        loss, _ = vicregl_loss([m.mean(1) for m in maps], maps, [p[mine] for p in pos], num_matches=(5,))
-        loss.backward()
-        results.append((loss.item(), [p.grad for p in model.parameters()]))
-    return results
+def _share(rank, world, rows, d, grids):
+    """This process's share of 12 images: the loss, the parameters' gradients, the collectives."""
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, d)
+    model = torch.nn.Sequential(*layers).double()
+    net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    mine = slice(sum(rows[:rank]), sum(rows[:rank + 1]))
+    _, pos = maps_and_positions(sum(rows), grids)
+    x = [torch.randn(*p.shape[:2], 5, dtype=torch.float64)[mine] for p in pos]
+    maps = net(torch.cat([v.flatten(0, 1) for v in x])).split([v.flatten(0, 1).shape[0] for v in x])
+    maps = [m.unflatten(0, v.shape[:2]) for m, v in zip(maps, x)]
+
+    calls = 0
+
+    def counted(function):
+        def call(*args, **options):
+            nonlocal calls
+            calls += 1
+            return function(*args, **options)
+        return call
+    originals = dist.all_reduce, dist.all_gather
+    dist.all_reduce, dist.all_gather = map(counted, originals)
+    loss, _ = vicregl_loss([m.mean(1) for m in maps], maps, [p[mine] for p in pos],
+                           num_matches=(5, 3))
+    loss.backward()
+    dist.all_reduce, dist.all_gather = originals
+    return loss.item(), [p.grad for p in model.parameters()], calls
 
 
-def test_processes_equal_one(tmp_path):
-    dims = [4, 40]  # fewer and more than the 12 rows
-    shares = on_processes(2, tmp_path, _ddp, dims)
-    for i, (loss, grads) in enumerate(_ddp(0, 1, dims)):
-        assert abs(sum(s[i][0] for s in shares) / 2 - loss) < 1e-9
-        for share in shares:
-            for a, b in zip(grads, share[i][1]):
+CASES = [(d, grids) for d in (4, 40) for grids in ((3, 3), (3, 3, 2, 2))]  # 4 < 12 rows < 40
+
+
+def _ddp(rank, world):
+    """The cases, and what batches of 4, 5, 6, ... rows raise."""
+    results = [_share(rank, world, [12 // world] * world, *case) for case in CASES]
+    try:
+        _share(rank, world, range(4, 4 + world), *CASES[0])
+        said = ""
+    except RuntimeError as error:
+        said = str(error)
+    return results, said
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_equal_one(tmp_path, world):
+    shares = on_processes(world, tmp_path, _ddp)
+    for _, said in shares:
+        assert "batches of unequal size" in said  # on every process: none is left waiting
+    for i, (d, grids) in enumerate(CASES):
+        loss, grads, _ = _share(0, 1, [12], d, grids)
+        assert abs(sum(results[i][0] for results, _ in shares) / world - loss) < 1e-9
+        for results, _ in shares:
+            _, theirs, calls = results[i]
+            assert calls <= 24 if len(grids) == 2 else 56
+            for a, b in zip(grads, theirs):
                 torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
-# --- the model -----------------------------------------------------------------------------------------------------
-
+# --- the model ------------------------------------------------------------------------------------
 
 def test_multicrop_shapes_and_one_pass_per_size():
     backbone = common.build_backbone("tiny_convnet")
-    model, passes = vicregl.VICRegL(backbone, (16, 8), (12, 6), num_classes=3), []
-    backbone.register_forward_hook(lambda module, inputs, output: passes.append(tuple(inputs[0].shape)))
-    views = [torch.randn(2, 3, 56, 56) for _ in range(2)] + [torch.randn(2, 3, 24, 24) for _ in range(6)]
-    embeddings, maps, logits = model(views)
-    assert passes == [(4, 3, 56, 56), (12, 3, 24, 24)] and logits.shape == (2, 3)
+    model = vicregl.VICRegL(backbone, (16, 8), (12, 6), num_classes=3)
+    passes = []
+    backbone.register_forward_hook(lambda module, inputs, _: passes.append(inputs[0].shape))
+    views = [torch.randn(2, 3, 56, 56) for _ in range(2)]
+    views += [torch.randn(2, 3, 24, 24) for _ in range(6)]
+    embeddings, maps, y_a, logits = model(views)
+    assert passes == [(4, 3, 56, 56), (12, 3, 24, 24)]
+    assert logits.shape == (2, 3) and y_a.shape == (2, 256) and not y_a.requires_grad
     assert [tuple(z.shape) for z in embeddings] == [(2, 8)] * 8
     assert [tuple(m.shape) for m in maps] == [(2, 49, 6)] * 2 + [(2, 9, 6)] * 6
     boxes = 50 * torch.rand(2, 8, 4) + 5
     flips = torch.arange(16).view(2, 8) % 3 == 0
-    pos = vicregl.map_positions(boxes, flips, maps)
+    pos = map_positions(boxes, flips, maps)
     for v, grid in enumerate([7] * 2 + [3] * 6):
-        assert torch.equal(pos[v], vicregl.positions(boxes[:, v], flips[:, v], grid).flatten(1, 2))
+        assert torch.equal(pos[v], positions(boxes[:, v], flips[:, v], grid).flatten(1, 2))
     loss, parts = vicregl_loss(embeddings, maps, pos, num_matches=(20, 4))
     loss.backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("probe"))
+    untrained = [name for name, p in model.named_parameters() if p.grad is None]
+    assert untrained == ["probe.weight", "probe.bias"]
     assert list(parts) == ["inv", "var", "cov", "local_inv", "local_var", "local_cov"]
 
 
 def test_views_keep_their_order_and_locations():
     model = vicregl.VICRegL(common.build_backbone("tiny_convnet"), (8, 8), (8, 6)).eval()
-    views = [torch.randn(2, 3, 16 if v < 2 else 8, 16 if v < 2 else 8) for v in range(4)]
-    embeddings, maps, _ = model(views)
+    sides = (16, 16, 8, 8)
+    views = [torch.randn(2, 3, side, side) for side in sides]
+    embeddings, maps, y_a, _ = model(views)
+    torch.testing.assert_close(y_a, model.backbone(views[0])[1], rtol=1e-4, atol=1e-5)
     for view, z, m in zip(views, embeddings, maps):
         features, pooled = model.backbone(view)
         torch.testing.assert_close(model.projector(pooled), z, rtol=1e-4, atol=1e-5)
         for location in range(m.shape[1]):
-            torch.testing.assert_close(model.local_projector(features[:, location]), m[:, location], rtol=1e-4, atol=1e-5)
+            local = model.local_projector(features[:, location])
+            torch.testing.assert_close(local, m[:, location], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_one_criterion_has_one_projector():
+    views = [torch.randn(4, 3, 16, 16) for _ in range(2)]
+    boxes, flips = 50 * torch.rand(4, 2, 4) + 5, torch.zeros(4, 2, dtype=torch.bool)
+    for alpha, widths, absent in ((1.0, ((8, 8), None), "local_projector"),
+                                  (0.0, (None, (8, 8)), "projector")):
+        model = vicregl.VICRegL(common.build_backbone("tiny_convnet"), *widths)
+        embeddings, maps, _, _ = model(views)
+        pos = map_positions(boxes, flips, maps)
+        vicregl_loss(embeddings, maps, pos, alpha)[0].backward()
+        assert all(p.grad is not None for p in model.parameters())
+        assert not any(name.startswith(f"{absent}.") for name, _ in model.named_parameters())
 
 
 def test_copied_alone(tmp_path):
     shutil.copy(ROOT / "vicregl.py", tmp_path)
-    code = ("import torch, vicregl, importlib.util; assert importlib.util.find_spec('common') is None;"
-            "net = torch.nn.Module(); net.dim = 4;"
-            "net.forward = lambda x: ((x.flatten(2).mT @ torch.ones(3, 4)), x.mean((2, 3)) @ torch.ones(3, 4));"
-            "z, maps, _ = vicregl.VICRegL(net, (8, 8), (8, 8))([torch.randn(6, 3, 9, 9) for _ in range(2)]);"
-            "pos = vicregl.map_positions(torch.rand(6, 2, 4), torch.zeros(6, 2, dtype=torch.bool), maps);"
-            "loss, parts = vicregl.vicregl_loss(z, maps, pos); loss.backward(); print(loss.item(), *parts)")
+    code = """
+import importlib.util, torch, vicregl
+assert importlib.util.find_spec("common") is None
+net = torch.nn.Module()
+net.dim = 4
+net.forward = lambda x: (x.flatten(2).mT @ torch.ones(3, 4), x.mean((2, 3)) @ torch.ones(3, 4))
+model = vicregl.VICRegL(net, (8, 8), (8, 8))
+z, maps, _, _ = model([torch.randn(6, 3, 9, 9) for _ in range(2)])
+pos = vicregl.map_positions(torch.rand(6, 2, 4), torch.zeros(6, 2, dtype=torch.bool), maps)
+loss, parts = vicregl.vicregl_loss(z, maps, pos)
+loss.backward()
+print(loss.item(), *parts)
+"""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    options = dict(cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 0 and done.stdout.split()[1:4] == ["inv", "var", "cov"], done.stderr
+    done = subprocess.run([sys.executable, "vicregl.py", "--help"], **options)
+    assert done.returncode == 0 and "--num-feature-matches" in done.stdout, done.stderr
 
 
-# --- the command line ----------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
-SMALL = ("--arch", "tiny_convnet", "--size", 32, "--projector", "32-32", "--local-projector", "16-16", "--batch-size", 8,
-         "--base-lr", 1, "--warmup-epochs", 1, "--epochs", 3, "--log-every", 1, "--save-minutes", 0)  # 5 steps an epoch
+SMALL = ("--arch", "tiny_convnet", "--size", 32, "--projector", "32-32", "--local-projector",
+         "16-16", "--batch-size", 8, "--base-lr", 1, "--warmup-epochs", 1, "--epochs", 3,
+         "--log-every", 1, "--save-minutes", 0, "--workers", 0)  # 44 images: 5 steps an epoch
 
 
 @pytest.fixture(scope="module")
@@ -378,80 +558,141 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def finished(monkeypatch):
+    """The protocols that a run would evaluate at its end; it runs none."""
+    protocols = []
+    monkeypatch.setattr(training.Run, "finish", lambda run, *names: protocols.extend(names))
+    return protocols
+
+
 def run_here(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["vicregl.py", *map(str, args)])
     vicregl.main()
 
 
-def test_killed_and_resumed_is_bit_identical(images, tmp_path):
-    command = ("vicregl.py", "--data", images, *SMALL, "--out", tmp_path)
-    whole = script(*command, "--name", "whole", "--workers", 0)
-    assert whole.returncode == 0, whole.stderr
-    assert "20-NN" in whole.stdout and "of the feature matches are the nearest location too" in whole.stdout
-    assert whole.stdout.count("note: views of 32 pixels have 16 locations, so --num-matches is 16 for them, not 20") == 1
-    process = start(*command, "--name", "cut", "--workers", 1)
-    wait_for_line(tmp_path / "cut", 4, process)
-    kill_tree(process.pid)
-    process.communicate(timeout=60)
-    resumed = script(*command, "--name", "cut", "--workers", 2)
-    assert resumed.returncode == 0 and int(resumed.stdout.split("resumed at step ")[1].split()[0]) < 15, resumed.stderr
-    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+def test_stopped_and_resumed_is_bit_identical(images, tmp_path, monkeypatch, finished):
+    args = ("--data", images, *SMALL, "--out", tmp_path)
+    run_here(monkeypatch, *args, "--name", "whole")
+    assert finished == ["knn", "correspond"]
+    log = training.Run.log
+
+    def stop(run, **metrics):
+        log(run, **metrics)
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+    monkeypatch.setattr(training.Run, "log", stop)
+    run_here(monkeypatch, *args, "--name", "cut")
+    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == 5
+    monkeypatch.setattr(training.Run, "log", log)
+    run_here(monkeypatch, *args, "--name", "cut", "--workers", 2)
+    whole = outcome(tmp_path / "whole")
+    assert_same(whole, outcome(tmp_path / "cut"))
+    terms = ["loss", "inv", "var", "cov", "local_inv", "local_var", "local_cov", "std", "corr"]
+    assert list(whole[1][0])[2:11] == terms
 
 
-def test_torchrun_multicrop(images, tmp_path):
-    done = script("vicregl.py", "--data", images, *SMALL, "--views", "multicrop", "--num-matches", 8, 2, "--workers", 0,
-                  "--batch-size", 20, "--epochs", 1, "--out", tmp_path, "--name", "two", torchrun=2)
-    assert done.returncode == 0, done.stderr
-    assert "2 on cpu, 10 images each" in done.stdout and "20-NN" in done.stdout
-    assert done.stdout.count("of the feature matches are the nearest location too") == 1
-    assert "--num-matches is" not in done.stdout and done.stdout.count("--num-feature-matches is 4 for them, not 20") == 1
-    last = json.loads(open(tmp_path / "two" / "log.jsonl").readlines()[-1])
-    assert last["step"] == 2 and all(np.isfinite(last[f"local_{k}"]) for k in ("inv", "var", "cov"))
+@pytest.mark.parametrize("alpha,absent", [(1, "local_"), (0, "")])
+def test_only_what_is_trained_is_logged_and_saved(images, tmp_path, monkeypatch, finished, alpha,
+                                                  absent):
+    run_here(monkeypatch, "--data", images, *SMALL, "--epochs", 1, "--alpha", alpha,
+             "--out", tmp_path, "--name", "run")
+    state, lines = outcome(tmp_path / "run")
+    assert not any(name.startswith(f"{absent}projector") for name in state["model"])
+    assert all((f"{absent}{term}" in lines[-1]) is False for term in ("inv", "var", "cov"))
+    other = "" if absent else "local_"
+    assert any(name.startswith(f"{other}projector") for name in state["model"])
+    assert all(np.isfinite(lines[-1][f"{other}{term}"]) for term in ("inv", "var", "cov"))
 
 
-def test_convnext_recipe(monkeypatch, tmp_path):
-    class Stop(Exception):
-        pass
+def _train(rank, world, commands):
+    training.Run.finish = lambda run, *names: None
+    training.one_line_errors = contextlib.nullcontext  # it would end the process
+    for port, *command in commands:
+        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+                           MASTER_ADDR="localhost", MASTER_PORT=port, CUDA_VISIBLE_DEVICES="")
+        sys.argv = ["vicregl.py", *command]
+        vicregl.main()
+        dist.destroy_process_group()
 
-    def stop(args):
-        raise Stop(args)
-    monkeypatch.setattr(vicregl, "train", stop)
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def test_two_processes(images, tmp_path):
+    args = ("--data", images, *SMALL, "--batch-size", 20, "--epochs", 1, "--out", tmp_path)
+    crops = (*args, "--views", "multicrop", "--num-matches", 8, 2, "--name", "crops")
+    whole = (*args, "--alpha", 1, "--name", "whole")  # DDP with one projector
+    local = (*args, "--alpha", 0, "--name", "local")
+    commands = [[str(x) for x in (free_port(), *command)] for command in (crops, whole, local)]
+    torch.multiprocessing.start_processes(_train, (2, commands), 2, start_method="spawn")
+    both = ("inv", "var", "cov", "local_inv", "local_var", "local_cov")
+    for name, terms in (("crops", both), ("whole", both[:3]), ("local", both[3:])):
+        state, lines = outcome(tmp_path / name)
+        assert state["step"] == len(lines) == 2
+        assert all(np.isfinite(lines[-1][term]) for term in terms)
+
+
+def test_recipes(monkeypatch):
+    found = []
+    monkeypatch.setattr(vicregl, "train", found.append)
 
     def recipe(*args):
-        with pytest.raises(Stop) as stopped:
-            run_here(monkeypatch, *args)
-        return stopped.value.args[0]
-    r50, small = recipe("--data", "imagenet"), recipe("--data", "imagenet", "--arch", "convnext_small")
-    assert (r50.arch, r50.base_lr, r50.batch_size, r50.epochs, r50.views) == ("resnet50", 0.3, 512, 100, "two")
-    assert (small.arch, small.base_lr, small.batch_size, small.weight_decay) == ("convnext_small", 0.00075, 384, 0.05)
-    assert (small.views, small.drop_path, small.local_lr_ratio) == ("multicrop", 0.1, 0.1)
-    assert abs(small.final_lr / (small.base_lr * 384 / 256) - 0.001) < 1e-9
+        run_here(monkeypatch, *args)
+        return found.pop()
+    r50 = recipe("--data", "imagenet")
+    assert (r50.arch, r50.base_lr, r50.batch_size, r50.epochs) == ("resnet50", 0.3, 512, 100)
+    assert r50.views == "two" and r50.num_matches == r50.num_feature_matches == [20, 20]
+    assert r50.projector == [8192] * 3 and r50.local_projector == [512] * 3 and r50.alpha == 0.75
+    for name, lr, batch in (("small", 0.00075, 384), ("base", 0.0005, 576)):
+        args = recipe("--data", "imagenet", "--arch", f"convnext_{name}")
+        assert (args.arch, args.base_lr, args.batch_size) == (f"convnext_{name}", lr, batch)
+        assert (args.weight_decay, args.views, args.drop_path) == (0.05, "multicrop", 0.1)
+        assert abs(args.final_lr / (lr * batch / 256) - 0.001) < 1e-9
     assert recipe("--data", "imagenet", "--arch", "convnext_tiny").arch == "convnext_tiny"
     assert recipe("--data", "shapes").arch == "tiny_convnet"
+    assert recipe("--data", "shapes", "--num-matches", 20, 4).num_matches == [20, 4]
 
 
 def test_convnext_optimizer():
-    class Args:
-        arch, weight_decay, local_lr_ratio = "convnext_tiny", 0.05, 0.1
-    model = vicregl.VICRegL(common.build_backbone("convnext_tiny"), (8, 8), (8, 8), norm=torch.nn.LayerNorm)
+    backbone = common.build_backbone("convnext_tiny")
+    model = vicregl.VICRegL(backbone, (8, 8), (8, 8), norm=torch.nn.LayerNorm)
     names = {p: name for name, p in model.named_parameters()}
-    optimizer = vicregl.make_optimizer(Args, model)
+    optimizer = vicregl.make_optimizer("convnext_tiny", model, 0.05)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            assert group["weight_decay"] == (0.0 if names[p].endswith(("bias", "layer_scale")) or p.ndim == 1 else 0.05)
-            assert group["lr_ratio"] == (0.1 if "local_projector" in names[p] else 1.0)
+            if names[p].endswith("bias") or p.ndim == 1:
+                assert group["weight_decay"] == 0.0
+            else:
+                assert group["weight_decay"] == 0.05
 
 
-def test_convnext_trains(images, tmp_path, monkeypatch, capsys):
+def test_convnext_trains(images, tmp_path, monkeypatch, capsys, finished):
     monkeypatch.setitem(common.CONVNEXTS, "convnext_tiny", ((8, 16, 16, 24), (1, 1, 1, 1)))
-    args = ("--data", images, "--arch", "convnext_tiny", "--size", 80, "--projector", "16-16", "--local-projector", "16-16",
-            "--batch-size", 20, "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--out", tmp_path)
-    run_here(monkeypatch, *args, "--name", "whole")
-    assert "views of 34 pixels have 1 locations, so --num-matches is 1 for them, not 20" in capsys.readouterr().out
-    state = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["optimizer"]
-    lr = {group["lr_ratio"]: group["lr"] for group in state["param_groups"]}
-    assert lr[0.1] == pytest.approx(0.1 * lr[1.0])
+    args = ("--data", images, *SMALL, "--arch", "convnext_tiny", "--batch-size", 20, "--epochs", 1,
+            "--warmup-epochs", 0, "--out", tmp_path)
+    run_here(monkeypatch, *args, "--size", 80, "--name", "whole")
+    state, lines = outcome(tmp_path / "whole")
+    for group in state["optimizer"]["param_groups"]:  # the local projector's too
+        assert group["lr"] == pytest.approx(lines[-1]["lr"])
     said = user_error(vicregl.main, monkeypatch, capsys, *args, "--size", 64)
-    assert "views of 27 pixels are smaller than one stride of convnext_tiny: --size 75 at least, or --views two" in said
+    assert "--size 64 makes views of 27 pixels" in said and "--views two" in said
+
+
+@pytest.mark.parametrize("args,words", [
+    (("--alpha", 2), "--alpha 2.0"),
+    (("--alpha", -0.1), "--alpha -0.1"),
+    (("--num-matches", 20), "--num-matches"),
+    (("--num-matches", -1, 4), "--num-matches"),
+    (("--projector", "big"), "--projector"),
+    (("--drop-path", 1), "--drop-path"),
+])
+def test_bad_arguments(images, tmp_path, monkeypatch, capsys, args, words):
+    said = user_error(vicregl.main, monkeypatch, capsys, "--data", images, *SMALL, *args,
+                      "--out", tmp_path)
+    assert words in said

@@ -1,0 +1,1 @@
+"""The papers' evaluation protocols: one file a protocol. `python -m evaluate --help`"""

@@ -1,0 +1,128 @@
+"""The papers' evaluation protocols, for a checkpoint of any method; on one CPU or under torchrun.
+
+    python -m evaluate knn --checkpoint runs/vicreg-shapes --baseline
+    torchrun --nproc_per_node=8 -m evaluate linear --checkpoint runs/vicreg-imagenet
+    python -m evaluate PROTOCOL --help      # what it computes, and where it differs from the paper
+
+--checkpoint: a run folder, last.pt, backbone.pt, a state dict of torchvision or timm, a release of
+VICReg, VICRegL, DINO or CrIBo, or `random`: the untrained network. The result is appended to
+PROTOCOL.jsonl beside the checkpoint: a line of JSON with title, rows and settings.
+
+--data: as in training. Masks (segment, retrieve) come with shapes, voc, a folder that holds
+train/images, train/masks, val/images and val/masks, or ADE20K's folder. They are 8-bit PNGs of
+class ids, 255 = void.
+"""
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import common
+import training
+from evaluate import bag, correspond, fewshot, knn, linear, retrieve, segment
+from evaluate.features import load, untrained
+
+PROTOCOLS = dict(knn=knn, linear=linear, fewshot=fewshot, segment=segment, retrieve=retrieve,
+                 correspond=correspond, bag=bag)
+LOWEST = dict(workers=0, lr=0, patch_scale=0.001)  # of all other numbers: 1
+HIGHEST = dict(workers=1024, size=4096, patch_scale=1)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise common.UserError(f"{message}; see --help")
+
+
+def parse_args():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m evaluate", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
+    for name, protocol in PROTOCOLS.items():
+        header = protocol.__doc__
+        command = commands.add_parser(name, help=header.splitlines()[0], description=header,
+                                      formatter_class=form)
+        flag = command.add_argument
+        flag("--checkpoint", required=True, help="a run folder, a file of weights, or 'random'")
+        flag("--baseline", action="store_true", help="the untrained network too, in further rows")
+        flag("--arch", help="known from a run folder; " + ", ".join(common.ARCHITECTURES))
+        flag("--data", help="by default that of the run")
+        flag("--size", type=int, help="side of images in pixels; by default that of the run")
+        flag("--bf16", action=argparse.BooleanOptionalAction, help="by default as in the run")
+        flag("--workers", type=int, default=min(12, cores), help="data loading processes")
+        if hasattr(protocol, "add_flags"):
+            protocol.add_flags(flag)
+    args = parser.parse_args()
+    for name, values in vars(args).items():
+        low, high = LOWEST.get(name, 1), HIGHEST.get(name, math.inf)
+        for value in values if isinstance(values, list) else [values]:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and name != "labels" and not low <= value <= high:
+                raise common.UserError(f"--{name.replace('_', '-')} {value}: it must be at least "
+                                       f"{low} and at most {high}")
+    return args
+
+
+def write_line(path, result):
+    """Adds a line of JSON: in one write at the file's end, so that no other process's is lost."""
+    line = json.dumps(result).encode() + b"\n"
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):  # a line that was cut off
+                line = b"\n" + line
+            file.write(line)
+    except OSError as error:
+        training.warn(f"cannot write {path} ({error})")
+
+
+def print_table(title, rows):
+    """rows: {name: {column: number or None}}"""
+    columns = list(next(iter(rows.values())))
+    width = max(24, *map(len, [title, *rows]))
+    print(f"{title:{width}}", *columns, sep="  ")
+    for name, row in rows.items():
+        cells = ["-" if row[c] is None else f"{row[c]:.1f}" for c in columns]
+        cells = [f"{cell:>{len(c)}}" for cell, c in zip(cells, columns)]
+        print(f"{name:{width}}", *cells, sep="  ", flush=True)
+
+
+def evaluate(args):
+    """-> the result's title, and its rows {network, or network: row: {column: number}}."""
+    protocol = PROTOCOLS[args.protocol]
+    backbone = load(args, getattr(protocol, "SIZE", None))
+    data = protocol.prepare(args)
+    networks = [(args.checkpoint, backbone, args)]
+    if args.baseline:
+        settings = argparse.Namespace(**vars(args) | {"checkpoint": "random"})
+        networks.append(("random initialisation", untrained(args, backbone), settings))
+    table = {}
+    for network, backbone, settings in networks:
+        rows = protocol.run(backbone.to(args.device), data, settings)
+        for name, row in rows.items():
+            table[f"{network}: {name}" if name else network] = row
+    return f"{protocol.NAME} on {args.data}, %", table
+
+
+def main():
+    with training.one_line_errors():
+        args = parse_args()
+        args.device = training.set_up(seed=0)
+        title, rows = evaluate(args)
+        if training.rank_and_world()[0]:
+            return
+        if args.checkpoint != "random":
+            path = Path(args.checkpoint)
+            folder = path if path.is_dir() else path.parent
+            inner = ("device", "run", "workers")
+            settings = {name: value for name, value in vars(args).items() if name not in inner}
+            result = dict(title=title, rows=rows, settings=settings)
+            write_line(folder / f"{args.protocol}.jsonl", result)
+        print_table(title, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What protocols start from: a checkpoint's backbone, and representations of a data set, whose
+images the processes share."""
+import math
+
+import torch
+import torch.distributed as dist
+
+import common
+import training
+import weights
+
+# --- 1. Checkpoints -------------------------------------------------------------------------------
+
+def load(args, size=None):
+    """The backbone of args.checkpoint, a path or `random`. Raises UserError.
+
+    What is None of args.arch, .data, .size and .bf16 becomes that of the run that trained it;
+    args.run: that run's flags, or {}. size: in place of the run's, for other data than shapes.
+    """
+    args.run = {}
+    if args.checkpoint != "random":
+        flags = weights.read_checkpoint(args.checkpoint).get("args")
+        args.run = flags if isinstance(flags, dict) else {}
+
+    def settle(name, otherwise):
+        value = getattr(args, name)
+        if value is None:
+            value = args.run.get(name)
+        setattr(args, name, value if isinstance(value, type(otherwise)) else otherwise)
+
+    settle("arch", "")
+    settle("data", "shapes")
+    if size and args.size is None and args.data != "shapes":
+        args.size = size
+    settle("size", 224)
+    settle("bf16", training.has_bf16())
+    if args.checkpoint == "random":
+        torch.manual_seed(0)
+        return common.build_backbone(args.arch, args.size)
+
+    backbone = weights.load_backbone(args.checkpoint, args.arch or None)
+    for name, value in backbone.state_dict().items():
+        if not value.isfinite().all():
+            raise common.UserError(f"{args.checkpoint} is no trained network: {name} holds NaN or "
+                                   "infinity; take an earlier checkpoint")
+    return backbone
+
+
+def untrained(args, backbone):
+    """The network of the same architecture and size from which a run of the same seed starts."""
+    state = backbone.state_dict()
+    size = 32 if backbone.stride == 8 else 224  # ResNets differ: under 100 pixels the small stem
+    if "pos_embed" in state:
+        size = math.isqrt(state["pos_embed"].shape[1] - 1) * backbone.stride
+    layer_scale = any("layer_scale" in name for name in state)
+    seed = args.run.get("seed", 0)
+    torch.manual_seed(seed if isinstance(seed, int) else 0)
+    return common.build_backbone(args.arch, size, layer_scale=layer_scale)
+
+
+# --- 2. Processes ---------------------------------------------------------------------------------
+
+def summed(x):
+    """The sum of x over processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def concatenated(x, dim=0):
+    """What the processes hold, in any sizes of `dim`, one after the other."""
+    if not dist.is_initialized():
+        return x
+    x = x.movedim(dim, 0)
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+    counts[dist.get_rank()] = len(x)
+    counts = summed(counts).tolist()
+    padded = x.new_zeros(max(counts), *x.shape[1:])  # all_gather wants equal shapes
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    parts = [part[:count] for part, count in zip(parts, counts)]
+    return torch.cat(parts).movedim(0, dim)
+
+
+# --- 3. Images ------------------------------------------------------------------------------------
+
+def open_labelled(args):
+    """The training and validation parts of --data, which must have labels. Raises UserError."""
+    train, val = [common.open_data(args.data, split, args.size) for split in ("train", "val")]
+    if val is None or not val.classes or train.classes != val.classes:
+        raise common.UserError(f"{args.protocol} needs labels: {args.data} must hold train/CLASS/ "
+                               "and val/CLASS/ (or test/CLASS/) with the same classes")
+    return train, val
+
+
+def open_part(args):
+    """The validation part of --data, or the training part where there is no other."""
+    val = common.open_data(args.data, "val", args.size)
+    return val or common.open_data(args.data, "train", args.size)
+
+
+def whole_view(image, size, share=1.0):
+    """The central square, `share` of the short side."""
+    side = round(share * min(image.size))
+    top = (image.height - side) // 2
+    left = (image.width - side) // 2
+    return [((top, left, side, side), False, size)]
+
+
+def center_view(image, size):
+    """The same of 7/8 of the short side, as is usual; of all of it for under 100 pixels."""
+    return whole_view(image, size, 1.0 if size < 100 else 7 / 8)
+
+
+def to_input(x, device):
+    """uint8 images (B, 3, H0, W0) -> what a backbone takes."""
+    return common.normalize(x.to(device, non_blocking=True).float() / 255)
+
+
+def load_batches(dataset, args, **how):
+    """Yields what a DataLoader does. Raises UserError where a worker dies or hangs."""
+    if args.workers:
+        how["timeout"] = training.TIMEOUT.total_seconds()
+        how["multiprocessing_context"] = "fork"  # they share the data
+    try:
+        yield from torch.utils.data.DataLoader(
+            dataset, num_workers=args.workers, worker_init_fn=training.ignore_signals, **how)
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        cure = "more memory, docker's --shm-size, `ulimit -n` or fewer --workers may help"
+        raise common.UserError(f"a data worker died or hung ({error}): {cure}") from error
+
+
+class Stacked(common.Views):
+    """Item index -> a sample with its views in one tensor: a worker can hand over few of them."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__((0, index))
+        return sample._replace(views=torch.stack(sample.views))
+
+
+def read_batches(data, view, args, batch_size):
+    """Yields the indices (b,) and a Batch of this process's images on the device, the views as one
+    tensor (b, V, 3, size, size). view(image, size) -> V views. Broken images are left out."""
+    rank, world = training.rank_and_world()
+    batch_size = min(batch_size, max(1, len(data) // world))  # something for every process
+    chunks = torch.arange(len(data)).split(batch_size)[rank::world]
+    views = Stacked(data, lambda image: view(image, size=args.size), seed=0)
+    keys = [chunk.tolist() for chunk in chunks]
+    for index, batch in zip(chunks, load_batches(views, args, batch_sampler=keys)):
+        whole = ~batch.broken  # another image has taken the place of a broken one
+        if batch.broken.any():
+            training.warn(f"{int(batch.broken.sum())} such image(s) have no part in the result")
+        parts = [part[whole].to(args.device) for part in batch]
+        yield index[whole].to(args.device), common.Batch(*parts)
+
+
+# --- 4. Representations ---------------------------------------------------------------------------
+
+def pooled(backbone, x):
+    return backbone(x)[1]
+
+
+@torch.no_grad()
+def features(backbone, data, args, read=pooled, view=center_view, batch_size=256):
+    """Yields representations (b, D) in float32, labels and indices (b,) of this process's images.
+
+    view(image, size) -> V views; read(backbone, their inputs (b V, 3, size, size)) -> (b, D).
+    """
+    backbone.eval()
+    for index, batch in read_batches(data, view, args, batch_size):
+        x = to_input(batch.views.flatten(0, 1), args.device)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            y = read(backbone, x)
+        yield y.float(), batch.labels, index
+
+
+def all_features(backbone, data, args, **how):
+    """The same of all processes' images, in the order of the data: (n, D) and (n,)."""
+    columns = zip(*features(backbone, data, args, **how))
+    y, labels, index = [concatenated(torch.cat(parts)) for parts in columns]
+    order = index.argsort()
+    return y[order], labels[order]
+
+
+def labelled(y, labels):
+    """Without the images that have no label, as in STL-10."""
+    return y[labels >= 0], labels[labels >= 0]
+
+
+def percent(right):
+    return 100 * right.double().mean().item()

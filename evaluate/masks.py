@@ -1,0 +1,143 @@
+"""Images with masks, which are 8-bit PNGs of class ids."""
+import concurrent.futures
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import common
+import shapes
+from evaluate.features import load_batches, to_input
+
+VOID = 255
+
+
+class MaskedShapes(shapes.Shapes):
+    num_classes = 1 + len(shapes.Shapes.classes)  # with the ground
+
+    def pair(self, index):
+        image, mask = self.scene(index)
+        return Image.fromarray(image), Image.fromarray(mask)
+
+
+class Masked:
+    """Images and masks in files, from whose class ids `shift` is subtracted, modulo 256. All are
+    read once, before anything is computed. Raises UserError, naming the file that is wrong."""
+
+    def __init__(self, images, masks, num_classes=None, shift=0):
+        self.images = images
+        self.masks = common.Images(masks)
+        self.shift = shift
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            largest = list(pool.map(self.largest_id, range(len(images))))
+        self.num_classes = num_classes or max(largest) + 1
+        if max(largest) >= self.num_classes:
+            worst = self.masks.name(np.argmax(largest))
+            raise common.UserError(f"{worst} holds the class id {max(largest)}, but there are "
+                                   f"{self.num_classes} classes")
+
+    def __len__(self):
+        return len(self.images)
+
+    def largest_id(self, index):
+        ids = np.asarray(self.pair(index)[1])
+        return int(ids.max(initial=0, where=ids != VOID))
+
+    def pair(self, index):
+        """The RGB image and its mask, both PIL."""
+        name, path = self.images.name(index), self.masks.name(index)
+        if not os.path.isfile(path):
+            raise common.UserError(f"{name} has no mask: looked for {path}")
+        try:
+            image = self.images.load(index)
+            with Image.open(path, formats=["PNG"]) as mask:
+                mode = mask.mode
+                ids = np.array(mask)
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
+            raise common.UserError(f"cannot read {name} or its mask {path} ({error})") from error
+        if mode not in ("L", "P"):
+            raise common.UserError(f"{path} is no 8-bit image of class ids: its mode is {mode}")
+        if ids.shape != (image.height, image.width):
+            raise common.UserError(f"{path} has {ids.shape[1]} x {ids.shape[0]} pixels, its image "
+                                   f"{image.width} x {image.height}")
+        return image, Image.fromarray(ids - np.uint8(self.shift))
+
+
+def with_masks(folder, masks, num_classes=None, shift=0, images=None):
+    """Images in a folder (None: all in it) with the masks of the same names in another folder."""
+    if images is None:
+        images = common.find_images(folder)
+    if not len(images):
+        raise common.UserError(f"no images in {folder}: give shapes, voc, ADE20K's folder, or one "
+                               "with train/images, train/masks, val/images and val/masks")
+    names = [images.name(i).replace(str(folder), str(masks), 1) for i in range(len(images))]
+    return Masked(images, [Path(name).with_suffix(".png") for name in names], num_classes, shift)
+
+
+def open_masks(args):
+    """The training and validation parts of --data, with masks. Raises UserError."""
+    if args.data == "shapes":
+        return [MaskedShapes(split, 3 * args.size // 2) for split in ("train", "val")]
+    if args.data == "voc":
+        parts = [common.open_data("voc", split) for split in ("train", "val")]
+        return [with_masks("JPEGImages", "SegmentationClass", 21, images=part) for part in parts]
+    root = Path(args.data)
+    if not root.is_dir():
+        root = Path(os.environ.get("DATA", "data")) / args.data
+    if (root / "annotations").is_dir():  # ADE20K's own layout; its class 0 is void
+        return [with_masks(root / "images" / split, root / "annotations" / split, 150, shift=1)
+                for split in ("training", "validation")]
+    train = with_masks(root / "train" / "images", root / "train" / "masks")
+    return [train, with_masks(root / "val" / "images", root / "val" / "masks", train.num_classes)]
+
+
+def targets(mask):
+    """A PIL mask as int64 (H0, W0), where void is -1."""
+    mask = torch.from_numpy(np.array(mask)).long()
+    return mask.masked_fill(mask == VOID, -1)
+
+
+class Crops(torch.utils.data.Dataset):
+    """Item (epoch, index) -> a random square of an image (3, size, size) and of its mask."""
+
+    def __init__(self, data, size):
+        self.data = data
+        self.size = size
+
+    def __getitem__(self, key):
+        rng = np.random.default_rng(key)
+        image, mask = self.data.pair(key[1])
+        side = round(min(image.size) / rng.uniform(1, 2))
+        left = int(rng.integers(image.width - side + 1))
+        top = int(rng.integers(image.height - side + 1))
+        flip = rng.random() < 0.5
+        box = (left, top, left + side, top + side)
+        mask = targets(mask.resize((self.size, self.size), Image.NEAREST, box=box))
+        pixels = common.cut(image, (top, left, side, side), flip, self.size)
+        return pixels, mask.flip(1) if flip else mask
+
+
+class Whole(torch.utils.data.Dataset):
+    """Item index -> an image (3, h, w), uint8, its sides multiples of `stride`, and its mask
+    (H0, W0). The short side is scaled to `size`; None: images keep their size, rounded down."""
+
+    def __init__(self, data, size, stride):
+        self.data = data
+        self.size = size
+        self.stride = stride
+
+    def __getitem__(self, index):
+        image, mask = self.data.pair(index)
+        scale = self.size / min(image.size) if self.size else 1
+        sides = [max(1, round(scale * side) // self.stride) * self.stride for side in image.size]
+        pixels = np.array(image.resize(sides, Image.BICUBIC))
+        return torch.from_numpy(pixels).permute(2, 0, 1), targets(mask)
+
+
+def whole_images(data, indices, size, stride, args):
+    """Yields a backbone's inputs (1, 3, h, w) and masks (H0, W0), one image at a time."""
+    whole = Whole(data, size, stride)
+    for image, mask in load_batches(whole, args, batch_size=None, sampler=indices):
+        yield to_input(image[None], args.device), mask.to(args.device)

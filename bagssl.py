@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""BagSSL: Bag of Image Patch Embedding Behind the Success of Self-Supervised Learning.
+r"""BagSSL: Bag of Image Patch Embedding Behind the Success of Self-Supervised Learning.
 
 Yubei Chen, Adrien Bardes, Zengyi Li, Yann LeCun. TMLR 2023, arXiv:2206.08954
 

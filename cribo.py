@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""CrIBo: Self-Supervised Learning via Cross-Image Object-Level Bootstrapping.
+r"""CrIBo: Self-Supervised Learning via Cross-Image Object-Level Bootstrapping.
 
 T. Lebailly, T. Stegmuller, B. Bozorgtabar, J.-P. Thiran, T. Tuytelaars. ICLR 2024. arXiv:2310.07855
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Self-supervised Learning with Local Contrastive Loss for Detection and Semantic Segmentation.
+r"""Self-supervised Learning with Local Contrastive Loss for Detection and Semantic Segmentation.
 
 LC-loss. Islam, Lundell, Sawhney, Sinha, Morales, Radke. WACV 2023, arXiv:2207.04398
 

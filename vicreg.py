@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning.
+r"""VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning.
 
 Adrien Bardes, Jean Ponce, Yann LeCun. arXiv:2105.04906v1 (ICLR 2022 differs: Difference 6)
 

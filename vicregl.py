@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""VICRegL: Self-Supervised Learning of Local Visual Features.
+r"""VICRegL: Self-Supervised Learning of Local Visual Features.
 
 Adrien Bardes, Jean Ponce, Yann LeCun. NeurIPS 2022. arXiv:2210.01571
 

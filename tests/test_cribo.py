@@ -563,7 +563,7 @@ def test_views_and_heads_are_paired():
                 nn_1, nn_2, ok_1, ok_2 = cycle_consistent_matches(c_1, c_2, before)
                 found = torch.cat([before.objects[0, nn_1], before.objects[1, nn_2]])
                 ok = torch.cat([ok_1, ok_2])
-                assert 0 < ok.sum() and torch.equal(targets.trusted, ok.nonzero().flatten())
+                assert ok.sum() > 0 and torch.equal(targets.trusted, ok.nonzero().flatten())
                 torch.testing.assert_close(targets.neighbours, logits(head.object, found[ok]))
             else:
                 assert len(targets.neighbours) == len(targets.trusted) == 0

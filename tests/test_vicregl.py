@@ -1,21 +1,14 @@
-"""vicregl.py: positions, matches and loss against the paper, the golden numbers and vicreg.py; its
-command line."""
-import contextlib
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
+"""vicregl.py: positions, matches and loss against the paper, the golden numbers and vicreg.py."""
+from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import ROOT, make_images, on_processes, user_error
+from helpers import checkpoint, lines
 from PIL import Image
-from test_vicreg import algorithm_1, assert_same, outcome
+from test_vicreg import algorithm_1
 from torchvision.transforms import RandomResizedCrop
 
 import common
@@ -33,11 +26,12 @@ from vicregl import (
     vicregl_loss,
 )
 
+GOLDEN = Path(__file__).parent / "golden"
 RELEASED = dict(inv_coeff=25.0, var_coeff=12.5, cov_coeff=0.5)
 
 
 def golden(name):
-    return {k: torch.tensor(v) for k, v in np.load(ROOT / f"tests/golden/{name}.npz").items()}
+    return {k: torch.tensor(v) for k, v in np.load(GOLDEN / f"{name}.npz").items()}
 
 
 def close(ours, theirs, tolerance=1e-9):
@@ -409,64 +403,6 @@ def test_half_precision_inputs_give_a_float32_loss():
     torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
 
 
-def _share(rank, world, rows, d, grids):
-    """This process's share of 12 images: the loss, the parameters' gradients, the collectives."""
-    torch.manual_seed(0)
-    layers = torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, d)
-    model = torch.nn.Sequential(*layers).double()
-    net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    mine = slice(sum(rows[:rank]), sum(rows[:rank + 1]))
-    _, pos = maps_and_positions(sum(rows), grids)
-    x = [torch.randn(*p.shape[:2], 5, dtype=torch.float64)[mine] for p in pos]
-    maps = net(torch.cat([v.flatten(0, 1) for v in x])).split([v.flatten(0, 1).shape[0] for v in x])
-    maps = [m.unflatten(0, v.shape[:2]) for m, v in zip(maps, x)]
-
-    calls = 0
-
-    def counted(function):
-        def call(*args, **options):
-            nonlocal calls
-            calls += 1
-            return function(*args, **options)
-        return call
-    originals = dist.all_reduce, dist.all_gather
-    dist.all_reduce, dist.all_gather = map(counted, originals)
-    loss, _ = vicregl_loss([m.mean(1) for m in maps], maps, [p[mine] for p in pos],
-                           num_matches=(5, 3))
-    loss.backward()
-    dist.all_reduce, dist.all_gather = originals
-    return loss.item(), [p.grad for p in model.parameters()], calls
-
-
-CASES = [(d, grids) for d in (4, 40) for grids in ((3, 3), (3, 3, 2, 2))]  # 4 < 12 rows < 40
-
-
-def _ddp(rank, world):
-    """The cases, and what batches of 4, 5, 6, ... rows raise."""
-    results = [_share(rank, world, [12 // world] * world, *case) for case in CASES]
-    try:
-        _share(rank, world, range(4, 4 + world), *CASES[0])
-        said = ""
-    except RuntimeError as error:
-        said = str(error)
-    return results, said
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_equal_one(tmp_path, world):
-    shares = on_processes(world, tmp_path, _ddp)
-    for _, said in shares:
-        assert "batches of unequal size" in said  # on every process: none is left waiting
-    for i, (d, grids) in enumerate(CASES):
-        loss, grads, _ = _share(0, 1, [12], d, grids)
-        assert abs(sum(results[i][0] for results, _ in shares) / world - loss) < 1e-9
-        for results, _ in shares:
-            _, theirs, calls = results[i]
-            assert calls <= 24 if len(grids) == 2 else 56
-            for a, b in zip(grads, theirs):
-                torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
-
-
 # --- the model ------------------------------------------------------------------------------------
 
 def test_multicrop_shapes_and_one_pass_per_size():
@@ -520,120 +456,28 @@ def test_a_model_of_one_criterion_has_one_projector():
         assert not any(name.startswith(f"{absent}.") for name, _ in model.named_parameters())
 
 
-def test_copied_alone(tmp_path):
-    shutil.copy(ROOT / "vicregl.py", tmp_path)
-    code = """
-import importlib.util, torch, vicregl
-assert importlib.util.find_spec("common") is None
-net = torch.nn.Module()
-net.dim = 4
-net.forward = lambda x: (x.flatten(2).mT @ torch.ones(3, 4), x.mean((2, 3)) @ torch.ones(3, 4))
-model = vicregl.VICRegL(net, (8, 8), (8, 8))
-z, maps, _, _ = model([torch.randn(6, 3, 9, 9) for _ in range(2)])
-pos = vicregl.map_positions(torch.rand(6, 2, 4), torch.zeros(6, 2, dtype=torch.bool), maps)
-loss, parts = vicregl.vicregl_loss(z, maps, pos)
-loss.backward()
-print(loss.item(), *parts)
-"""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    options = dict(cwd=tmp_path, env=env, capture_output=True, text=True)
-    done = subprocess.run([sys.executable, "-c", code], **options)
-    assert done.returncode == 0 and done.stdout.split()[1:4] == ["inv", "var", "cov"], done.stderr
-    done = subprocess.run([sys.executable, "vicregl.py", "--help"], **options)
-    assert done.returncode == 0 and "--num-feature-matches" in done.stdout, done.stderr
-
-
 # --- the command line -----------------------------------------------------------------------------
 
-SMALL = ("--arch", "tiny_convnet", "--size", 32, "--projector", "32-32", "--local-projector",
-         "16-16", "--batch-size", 8, "--base-lr", 1, "--warmup-epochs", 1, "--epochs", 3,
-         "--log-every", 1, "--save-minutes", 0, "--workers", 0)  # 44 images: 5 steps an epoch
+@pytest.mark.parametrize("alpha,trained,absent", [(1, "", "local_"), (0, "local_", "")])
+def test_only_what_is_trained_is_logged_and_saved(alpha, trained, absent, flags, tmp_path):
+    args = (*flags("vicregl"), "--epochs", 1, "--alpha", alpha, "--out", tmp_path, "--name", "run")
+    assert helpers.run("vicregl", *args) == 0
+    names = checkpoint(tmp_path / "run")["model"]
+    assert any(name.startswith(f"{trained}projector") for name in names)
+    assert not any(name.startswith(f"{absent}projector") for name in names)
+    for line in lines(tmp_path / "run"):
+        for term in ("inv", "var", "cov"):
+            assert np.isfinite(line[f"{trained}{term}"]) and f"{absent}{term}" not in line
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    make_images(folder / "train", 44)
-    make_images(folder / "val", 10, seed=1)
-    return folder
-
-
-@pytest.fixture
-def finished(monkeypatch):
-    """The protocols that a run would evaluate at its end; it runs none."""
+def test_a_run_logs_all_terms_and_ends_with_its_evaluations(flags, tmp_path, monkeypatch):
     protocols = []
     monkeypatch.setattr(training.Run, "finish", lambda run, *names: protocols.extend(names))
-    return protocols
-
-
-def run_here(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["vicregl.py", *map(str, args)])
-    vicregl.main()
-
-
-def test_stopped_and_resumed_is_bit_identical(images, tmp_path, monkeypatch, finished):
-    args = ("--data", images, *SMALL, "--out", tmp_path)
-    run_here(monkeypatch, *args, "--name", "whole")
-    assert finished == ["knn", "correspond"]
-    log = training.Run.log
-
-    def stop(run, **metrics):
-        log(run, **metrics)
-        if run.step == 4:
-            os.kill(os.getpid(), signal.SIGUSR1)
-    monkeypatch.setattr(training.Run, "log", stop)
-    run_here(monkeypatch, *args, "--name", "cut")
-    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == 5
-    monkeypatch.setattr(training.Run, "log", log)
-    run_here(monkeypatch, *args, "--name", "cut", "--workers", 2)
-    whole = outcome(tmp_path / "whole")
-    assert_same(whole, outcome(tmp_path / "cut"))
-    terms = ["loss", "inv", "var", "cov", "local_inv", "local_var", "local_cov", "std", "corr"]
-    assert list(whole[1][0])[2:11] == terms
-
-
-@pytest.mark.parametrize("alpha,absent", [(1, "local_"), (0, "")])
-def test_only_what_is_trained_is_logged_and_saved(images, tmp_path, monkeypatch, finished, alpha,
-                                                  absent):
-    run_here(monkeypatch, "--data", images, *SMALL, "--epochs", 1, "--alpha", alpha,
-             "--out", tmp_path, "--name", "run")
-    state, lines = outcome(tmp_path / "run")
-    assert not any(name.startswith(f"{absent}projector") for name in state["model"])
-    assert all((f"{absent}{term}" in lines[-1]) is False for term in ("inv", "var", "cov"))
-    other = "" if absent else "local_"
-    assert any(name.startswith(f"{other}projector") for name in state["model"])
-    assert all(np.isfinite(lines[-1][f"{other}{term}"]) for term in ("inv", "var", "cov"))
-
-
-def _train(rank, world, commands):
-    training.Run.finish = lambda run, *names: None
-    training.one_line_errors = contextlib.nullcontext  # it would end the process
-    for port, *command in commands:
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
-                           MASTER_ADDR="localhost", MASTER_PORT=port, CUDA_VISIBLE_DEVICES="")
-        sys.argv = ["vicregl.py", *command]
-        vicregl.main()
-        dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def test_two_processes(images, tmp_path):
-    args = ("--data", images, *SMALL, "--batch-size", 20, "--epochs", 1, "--out", tmp_path)
-    crops = (*args, "--views", "multicrop", "--num-matches", 8, 2, "--name", "crops")
-    whole = (*args, "--alpha", 1, "--name", "whole")  # DDP with one projector
-    local = (*args, "--alpha", 0, "--name", "local")
-    commands = [[str(x) for x in (free_port(), *command)] for command in (crops, whole, local)]
-    torch.multiprocessing.start_processes(_train, (2, commands), 2, start_method="spawn")
-    both = ("inv", "var", "cov", "local_inv", "local_var", "local_cov")
-    for name, terms in (("crops", both), ("whole", both[:3]), ("local", both[3:])):
-        state, lines = outcome(tmp_path / name)
-        assert state["step"] == len(lines) == 2
-        assert all(np.isfinite(lines[-1][term]) for term in terms)
+    args = (*flags("vicregl"), "--epochs", 1, "--out", tmp_path, "--name", "run")
+    assert helpers.run("vicregl", *args) == 0
+    assert protocols == ["knn", "correspond"]
+    terms = {"loss", "inv", "var", "cov", "local_inv", "local_var", "local_cov", "std", "corr"}
+    assert terms <= lines(tmp_path / "run")[-1].keys()
 
 
 def test_recipes(monkeypatch):
@@ -641,7 +485,7 @@ def test_recipes(monkeypatch):
     monkeypatch.setattr(vicregl, "train", found.append)
 
     def recipe(*args):
-        run_here(monkeypatch, *args)
+        assert helpers.run("vicregl", *args) == 0
         return found.pop()
     r50 = recipe("--data", "imagenet")
     assert (r50.arch, r50.base_lr, r50.batch_size, r50.epochs) == ("resnet50", 0.3, 512, 100)
@@ -672,15 +516,15 @@ def test_convnext_optimizer():
                 assert group["weight_decay"] == 0.05
 
 
-def test_convnext_trains(images, tmp_path, monkeypatch, capsys, finished):
+def test_convnext_trains(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(common.CONVNEXTS, "convnext_tiny", ((8, 16, 16, 24), (1, 1, 1, 1)))
-    args = ("--data", images, *SMALL, "--arch", "convnext_tiny", "--batch-size", 20, "--epochs", 1,
-            "--warmup-epochs", 0, "--out", tmp_path)
-    run_here(monkeypatch, *args, "--size", 80, "--name", "whole")
-    state, lines = outcome(tmp_path / "whole")
-    for group in state["optimizer"]["param_groups"]:  # the local projector's too
-        assert group["lr"] == pytest.approx(lines[-1]["lr"])
-    said = user_error(vicregl.main, monkeypatch, capsys, *args, "--size", 64)
+    args = (*flags("vicregl"), "--arch", "convnext_tiny", "--batch-size", 20, "--epochs", 1,
+            "--warmup-epochs", 0, "--out", tmp_path, "--name", "run")
+    assert helpers.run("vicregl", *args, "--size", 80) == 0
+    last = lines(tmp_path / "run")[-1]
+    for group in checkpoint(tmp_path / "run")["optimizer"]["param_groups"]:
+        assert group["lr"] == pytest.approx(last["lr"])  # the local projector's too
+    said = helpers.user_error(vicregl.main, monkeypatch, capsys, *args, "--size", 64)
     assert "--size 64 makes views of 27 pixels" in said and "--views two" in said
 
 
@@ -692,7 +536,6 @@ def test_convnext_trains(images, tmp_path, monkeypatch, capsys, finished):
     (("--projector", "big"), "--projector"),
     (("--drop-path", 1), "--drop-path"),
 ])
-def test_bad_arguments(images, tmp_path, monkeypatch, capsys, args, words):
-    said = user_error(vicregl.main, monkeypatch, capsys, "--data", images, *SMALL, *args,
-                      "--out", tmp_path)
-    assert words in said
+def test_bad_arguments(args, words, flags, tmp_path, monkeypatch, capsys):
+    args = (*flags("vicregl"), *args, "--out", tmp_path)
+    assert words in helpers.user_error(vicregl.main, monkeypatch, capsys, *args)

@@ -79,6 +79,25 @@ def test_torchvision_loads_the_weights_and_agrees(arch):
         torch.testing.assert_close(head(ours(x)[1]), theirs(x), rtol=1e-4, atol=1e-5)
 
 
+def test_convnext_without_layer_scale():
+    """As VICRegL has it: torchvision's where each scale is 1, but for the order at the end."""
+    torch.manual_seed(0)
+    ours = common.build_backbone("convnext_tiny", 224).eval()
+    theirs = torchvision.models.convnext_tiny(weights=None).eval()
+    assert not any("layer_scale" in name for name in ours.state_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    for name, p in theirs.named_parameters():
+        if name.endswith("layer_scale"):
+            torch.nn.init.ones_(p)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps, pooled = ours(x)
+        norm = theirs.classifier[0]
+        expected = norm(theirs.features(x)).flatten(2).mT  # (B, N, D)
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pooled, maps.mean(1))
+
+
 def test_residual_branches_start_at_zero():
     backbone = common.build_backbone("resnet50")
     assert all(not m.bn3.weight.any() for m in backbone.modules() if hasattr(m, "bn3"))
@@ -227,6 +246,32 @@ def test_every_kind_of_file_decodes_upright_in_rgb(tmp_path):
             assert pixels[:, 18:].max() < 40, data.name(i)
         elif i < 6:
             assert np.abs(pixels[..., 0] - gray / 257).max() <= 1
+
+
+def test_floats_and_integers_are_scaled(tmp_path):
+    ramp = np.linspace(0, 1, 600).reshape(20, 30)
+    stored = {
+        "a.tif": ramp.astype(np.float32),
+        "b.tif": (255 * ramp).astype(np.float32),
+        "c.tif": (255 * ramp).astype(np.int32),
+        "d.tif": (65535 * ramp).astype(np.int32),
+    }
+    for name, pixels in stored.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+    data = common.open_data(str(tmp_path))
+    for i in range(len(stored)):
+        pixels = np.asarray(data.load(i)).astype(float)
+        assert pixels.shape == (20, 30, 3)
+        assert np.abs(pixels[..., 0] - 255 * ramp).max() < 2, data.name(i)
+
+
+def test_names_with_a_dot_are_no_images(tmp_path):
+    folder = make_images(tmp_path / "train", 4)
+    (folder / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/0000.jpg", "class0/._0000.jpg"):
+        shutil.copy(folder / "class0" / "0000.jpg", folder / name)
+    data = common.open_data(str(tmp_path))
+    assert len(data) == 4 and data.classes == ["class0", "class1"]
 
 
 def test_shapes_are_deterministic_at_any_size():
@@ -456,6 +501,8 @@ def test_strange_files(tmp_path, capsys):
         shutil.copy(folder / "0000.jpg", folder / name)
     bad = {
         "bomb.png": "10000 x 9000 pixels",
+        "large.webp": "9400 x 9400 pixels",
+        "script.jpg": "cannot identify",
         "larger.png": "decompression bomb",
         "loop.jpg": "symbolic link",
         "pipe.jpg": "regular",
@@ -464,6 +511,8 @@ def test_strange_files(tmp_path, capsys):
         "a\nbroken.jpg": "cannot identify",
     }
     (folder / "bomb.png").write_bytes(_png(10_000, 9_000))
+    Image.new("RGB", (9400, 9400)).save(folder / "large.webp", method=0)
+    (folder / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (folder / "larger.png").write_bytes(_png(20_000, 10_000))
     (folder / "loop.jpg").symlink_to("loop.jpg")
     (folder / "gone.jpg").symlink_to("nowhere.jpg")

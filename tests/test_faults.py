@@ -111,6 +111,7 @@ def test_killed_20_times_is_bit_identical(method, flags, undisturbed, tmp_path):
     assert_same(undisturbed(method, *longer), folder)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_in_processes_of_their_own(flags, undisturbed, tmp_path):
     folder = tmp_path / "cut"
     command = ("vicreg", *flags("vicreg"), "--out", tmp_path, "--name", "cut")
@@ -206,6 +207,7 @@ def _short_timeout():
     training.TIMEOUT = training.datetime.timedelta(seconds=4)
 
 
+@pytest.mark.slow
 def test_a_process_that_stops_answering_is_a_timeout(flags, tmp_path):
     args = (*flags("vicreg"), "--epochs", 200, "--out", tmp_path, "--name", "cut")
     runs = pair("vicreg", *args, said=tmp_path / "said", prepare=(_short_timeout,))
@@ -269,23 +271,25 @@ def _slow_images(seconds):
     vicreg.sample_views = slow
 
 
-def _bug_in_the_views():
+def _bug_in_the_views(kind):
     def bug(image, area, size):
-        raise ZeroDivisionError("a bug in sample_views")
+        raise kind("a bug in sample_views")
 
     vicreg.sample_views = bug
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_bug_in_the_views_ends_the_run(workers, flags, tmp_path):
+@pytest.mark.parametrize("workers,kind", [(0, ZeroDivisionError), (2, ZeroDivisionError),
+                                          (1, RuntimeError)])
+def test_a_bug_in_the_views_ends_the_run(workers, kind, flags, tmp_path):
     args = (*flags("vicreg"), "--workers", workers, "--out", tmp_path)
-    run = Command("vicreg", *args, said=tmp_path / "said", prepare=(_bug_in_the_views,))
+    run = Command("vicreg", *args, said=tmp_path / "said", prepare=(_bug_in_the_views, kind))
     children = set()
     begin = time.monotonic()
     while run.process.exitcode is None and time.monotonic() - begin < 20:
         children |= set(below(run.process.pid))
         time.sleep(0.01)
-    assert run.end(1) == 1 and "ZeroDivisionError: a bug in sample_views" in run.said()
+    assert run.end(1) == 1, run.said()
+    assert "Traceback" in run.said() and f"{kind.__name__}: a bug in sample_views" in run.said()
     wait_for(lambda: gone(children), seconds=2)
 
 
@@ -334,6 +338,7 @@ def _stuck_images(after):
     vicreg.sample_views = stuck
 
 
+@pytest.mark.slow
 def test_stuck_data_workers_are_a_timeout(flags, tmp_path):
     args = (*flags("vicreg"), "--workers", 1, "--out", tmp_path, "--name", "cut")
     command = functools.partial(Command, "vicreg", *args, said=tmp_path / "said")

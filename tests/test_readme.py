@@ -39,15 +39,15 @@ def test_commands_name_real_files_and_flags():
     found = 0
     for command in commands:
         words = shlex.split(command.split("#")[0].replace("'", " "))
-        names = [word for word in words if word.endswith(".py") or word == "evaluate"]
-        for name in names:
-            if name == "evaluate":
-                protocol = words[words.index(name) + 1]
+        scripts = [word for word in words if word.endswith(".py") or word == "evaluate"]
+        for script in scripts:
+            if script == "evaluate":
+                protocol = words[words.index(script) + 1]
                 assert (ROOT / "evaluate" / f"{protocol}.py").exists(), command
-            for flag in [word for word in words[words.index(name):] if word.startswith("--")]:
+            for flag in [word for word in words[words.index(script):] if word.startswith("--")]:
                 flag = flag.split("=")[0]
-                source = sources[name] + everywhere
-                assert f'"{flag}"' in source or f'"{flag.replace("--no-", "--")}"' in source, command
+                names = (f'"{flag}"', f'"{flag.replace("--no-", "--")}"')
+                assert any(name in sources[script] + everywhere for name in names), command
             found += 1
     assert found >= 6
 

@@ -67,7 +67,7 @@ BAD = [  # flags; what the one line says
     ("--data EMPTY", r"no images in .*\.jpg"),
     ("--data FILE", "no data set"),
     ("--batch-size 1", "--batch-size 1: .*2 or more"),
-    ("--batch-size 64", "--batch-size 64 is larger than the 44 images"),
+    ("--batch-size 64", "--batch-size 64 .* the 44 images"),
     ("--arch resnet19", "no architecture 'resnet19'.*resnet18"),
     ("--size 7", "--size 7 is below 8, one stride"),
     ("--size 0", "--size 0: it must be at least 1 "),

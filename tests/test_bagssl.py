@@ -1,20 +1,15 @@
 """bagssl.py: the objectives against golden numbers, distributions and themselves on several
 processes; the patches and their bag; the training run."""
-import ast
 import functools
 import itertools
-import json
 import math
-import os
-import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, make_images, on_processes, script, user_error
+from helpers import ROOT, make_images, user_error
 from PIL import Image
 
 import bagssl
@@ -252,85 +247,6 @@ def test_other_shapes_raise():
                 loss(rows(4, 5), rows(*other))
 
 
-# --- several processes ----------------------------------------------------------------------------
-
-def _ddp(rank, world, widths):
-    """Loss and parameter gradients for each objective and width, of this process's share of 12."""
-    results = []
-    for (objective, coefficients), d in itertools.product(DEFAULTS.items(), widths):
-        torch.manual_seed(0)
-        linear = torch.nn.Linear
-        model = torch.nn.Sequential(linear(5, 8), torch.nn.Tanh(), linear(8, d)).double()
-        share = slice(rank * 12 // world, (rank + 1) * 12 // world)
-        x = torch.randn(3, 12, 5, dtype=torch.float64)[:, share]
-        net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        loss, parts = bag_loss(net(x.flatten(0, 1)).chunk(3), objective, *coefficients)
-        loss.backward()
-        parts = {key: value.item() for key, value in parts.items()}
-        results.append((loss.item(), parts, [p.grad for p in model.parameters()]))
-    return results
-
-
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_processes_equal_one(tmp_path, world):
-    widths = [4, 40]  # fewer and more than the 12 rows
-    shares = on_processes(world, tmp_path, _ddp, widths)
-    for i, (loss, parts, grads) in enumerate(_ddp(0, 1, widths)):
-        assert sum(s[i][0] for s in shares) / world == pytest.approx(loss, rel=1e-9)
-        for key, value in parts.items():
-            assert sum(s[i][1][key] for s in shares) / world == pytest.approx(value, rel=1e-9)
-        for share in shares:
-            for a, b in zip(grads, share[i][2]):
-                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
-
-
-LOSSES = [nt_xent, spectral_loss, lambda z, _: total_coding_rate(z), bagssl.vicreg_loss,
-          *[lambda a, b, o=objective: bag_loss([a, b], o) for objective in DEFAULTS]]
-
-
-def _unequal(rank, world, counts):
-    """What each loss says where the processes hold so many rows; fewer and more than D."""
-    said = []
-    for loss, d in itertools.product(LOSSES, (2, 40)):
-        z = rows(counts[rank], d, unit=True)
-        try:
-            loss(z, z)
-            said.append("")
-        except RuntimeError as error:
-            said.append(str(error))
-    return said
-
-
-def test_unequal_batches_are_refused_on_every_process(tmp_path):
-    counts = [4, 5, 6]  # the second process holds the mean of them
-    for said in on_processes(3, tmp_path, _unequal, counts):
-        assert len(said) == 2 * len(LOSSES)
-        assert all("batches of unequal size" in words for words in said)
-
-
-# --- twins ----------------------------------------------------------------------------------------
-
-def definitions(name):
-    """{name: code without docstrings} of what a file defines at its top level."""
-    found = {}
-    for node in ast.parse((ROOT / name).read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            if ast.get_docstring(node):
-                del node.body[0]
-            found[node.name] = ast.unparse(node)
-        if isinstance(node, ast.Assign):
-            found[ast.unparse(node.targets)] = ast.unparse(node)
-    return found
-
-
-def test_twins_are_the_same_to_the_letter():
-    ours, theirs = definitions("bagssl.py"), definitions("vicreg.py")
-    twins = ["JITTER", "float32", "all_sum", "all_rows", "twice_the_gradient", "moments", "hinge",
-             "off_diagonal", "invariance", "vicreg_loss", "widths", "mlp"]
-    for name in twins:
-        assert ours[name] == theirs[name]
-
-
 # --- patches --------------------------------------------------------------------------------------
 
 def blank(height, width):
@@ -450,30 +366,6 @@ def test_model_pairs_patches_and_embeddings():
     assert all(p.grad is None for p in rest)
 
 
-ALONE = """
-import importlib.util, torch, bagssl
-assert importlib.util.find_spec("common") is None
-net = torch.nn.Module()
-net.dim = 4
-net.forward = lambda x: (None, x.mean((2, 3)) @ torch.ones(3, 4))
-z, _ = bagssl.BagSSL(net, (8, 8))([torch.randn(6, 3, 9, 9) for _ in range(3)])
-for objective in ("vicreg", "tcr", "simclr", "spectral"):
-    print(bagssl.bag_loss(z, objective)[0].item())
-"""
-
-
-def test_copied_alone(tmp_path):
-    shutil.copy(ROOT / "bagssl.py", tmp_path)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    run = functools.partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True)
-    done = run([sys.executable, "-c", ALONE])
-    assert done.returncode == 0 and len(done.stdout.split()) == 4, done.stderr
-    done = run([sys.executable, "bagssl.py", "--help"])
-    assert done.returncode == 0 and "Differences" in done.stdout, done.stderr
-    done = run([sys.executable, "bagssl.py"])
-    assert done.returncode == 2 and "training needs common.py" in done.stderr
-
-
 # --- the command line -----------------------------------------------------------------------------
 
 SMALL = ("--arch", "tiny_convnet", "--size", 32, "--projector", "32-16", "--batch-size", 8,
@@ -498,48 +390,6 @@ def run_here(monkeypatch, images, tmp_path):
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in command])
         bagssl.main()
     return run
-
-
-def outcome(folder):
-    model = torch.load(folder / "last.pt", weights_only=True)["model"]
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    keys = ("step", "loss", "sim", "tcr", "std", "accuracy", "lr")
-    return model, [[line[key] for key in keys] for line in lines]
-
-
-def test_stopped_and_resumed_is_bit_identical(run_here, tmp_path, monkeypatch):
-    args = ("--loss", "tcr", "--patches", 3)
-    run_here(*args, "--name", "whole")
-
-    log = training.Run.log
-
-    def fail(self, **metrics):
-        if self.step == 7:
-            raise MemoryError
-        log(self, **metrics)
-    monkeypatch.setattr(training.Run, "log", fail)
-    with pytest.raises(SystemExit) as stop:
-        run_here(*args, "--name", "cut")
-    assert stop.value.code == 1
-    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == 7
-
-    monkeypatch.setattr(training.Run, "log", log)
-    run_here(*args, "--name", "cut")
-    (model, lines), (cut_model, cut_lines) = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
-    for x, y in zip(model.values(), cut_model.values(), strict=True):
-        assert torch.equal(x, y)
-    assert lines == cut_lines and len(lines) == 30
-
-
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("vicreg", "simclr", "spectral")]
-
-
-@pytest.mark.parametrize("loss", ["tcr", *OTHERS])
-def test_under_torchrun(tmp_path, loss):
-    make_images(tmp_path / "flat", 24, classes=0)  # without labels nothing is evaluated at the end
-    done = script("bagssl.py", "--data", tmp_path / "flat", *SMALL, "--epochs", 1, "--loss", loss,
-                  "--out", tmp_path, torchrun=2)
-    assert done.returncode == 0 and "to evaluate it: python -m evaluate" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("loss,given", [("vicreg", (1.5, 2.5, 3.5)), ("tcr", (4.5, 0.5)),

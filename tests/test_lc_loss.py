@@ -1,17 +1,13 @@
 """lc_loss.py: correspondences against pixels, the loss against a loop, BYOL's target, the run."""
 import functools
 import json
-import os
-import shutil
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, kill_tree, make_images, on_processes, script, start, user_error
+from helpers import make_images, user_error
 from PIL import Image
 
 import common
@@ -399,56 +395,6 @@ def test_local_mse_does_not_collapse():
     assert online < 0.3 and target < 0.5  # the target follows
 
 
-# --- several processes ----------------------------------------------------------------------------
-
-def _ddp(rank, world):
-    """Gradients of a linear map; no image of the first process shares a point with its crop."""
-    (f_c, f_sc), (points, valid) = maps(b=4), somewhere(b=4)
-    valid[:2] = False
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(5, 5, 1).double()
-    net = torch.nn.parallel.DistributedDataParallel(conv) if world > 1 else conv
-    mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
-    grads = []
-    for loss in (local_contrastive_loss, local_mse_loss):
-        conv.zero_grad()
-        value = loss(f_c[mine], net(f_sc[mine]), points[mine], valid[mine])
-        value.backward()
-        grads.append((value.item(), [p.grad.clone() for p in conv.parameters()]))
-    return grads
-
-
-def _models(rank, world):
-    """Sums of all gradients of the whole model, for each kind of it."""
-    sums = []
-    for alpha, kind in ((0.0, "contrastive"), (0.1, "contrastive"), (0.1, "mse"), (1.0, "mse")):
-        model = tiny(3, alpha=alpha, local_loss=kind)
-        ddp = torch.nn.parallel.DistributedDataParallel(model)
-        points, valid = somewhere(4, dtype=torch.float32)
-        for step in range(2):  # DDP notices unused parameters at the second
-            torch.manual_seed(2 * step + rank)
-            model.zero_grad()
-            out, logits = ddp(*torch.randn(2, 4, 3, 32, 32))
-            loss, _ = lc_loss.lc_loss(*out, points, valid, alpha, 0.1, kind)
-            (loss + logits.square().mean()).backward()
-        sums += [p.grad.sum() for p in model.parameters() if p.requires_grad]
-    return sums
-
-
-def _both(rank, world):
-    return _ddp(rank, world), _models(rank, world)
-
-
-def test_processes_equal_one(tmp_path):
-    shares = on_processes(2, tmp_path, _both)
-    for i, (value, grads) in enumerate(_ddp(0, 1)):
-        assert abs(sum(share[0][i][0] for share in shares) / 2 - value) < 1e-9
-        for share, _ in shares:
-            for a, b in zip(grads, share[i][1]):
-                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-10)
-    torch.testing.assert_close(shares[0][1], shares[1][1])
-
-
 # --- the command line -----------------------------------------------------------------------------
 
 SMALL = ("--arch", "tiny_convnet", "--size", 32, "--projector", "32-16", "--batch-size", 8,
@@ -508,31 +454,6 @@ def test_ablations(run_here, flags, terms):
         assert line.keys() & {"byol", "spread", "local", "local_spread", "valid"} == terms
 
 
-def test_killed_and_resumed_is_bit_identical(tmp_path):
-    folder = make_images(tmp_path / "images", 44, classes=0)  # without labels nothing is evaluated
-    command = ("lc_loss.py", "--data", folder, *SMALL, "--out", tmp_path)
-    whole = script(*command, "--name", "whole", "--workers", 0)
-    assert whole.returncode == 0, whole.stderr
-    process = start(*command, "--name", "cut", "--workers", 0)
-    log, begin = tmp_path / "cut" / "log.jsonl", time.time()
-    while not log.exists() or sum(1 for _ in open(log)) < 7:
-        assert process.poll() is None and time.time() - begin < 120
-        time.sleep(0.02)
-    kill_tree(process.pid)
-    process.communicate()
-    assert script(*command, "--name", "cut", "--workers", 1).returncode == 0
-    a, b = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut")]
-    assert any(key.startswith("target.backbone") for key in a["model"])
-    for x, y in zip(a["model"].values(), b["model"].values(), strict=True):
-        assert torch.equal(x, y)
-    a, b = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
-            for name in ("whole", "cut")]
-    assert len(a) == len(b) == 20
-    for key in ("step", "loss", "byol", "local", "momentum", "lr"):
-        assert [line[key] for line in a] == [line[key] for line in b]
-    assert a[0]["momentum"] < a[-1]["momentum"] <= 1
-
-
 @pytest.mark.parametrize("flags,words", [
     (("--data", "nowhere"), "no data set 'nowhere'"),
     (("--size", 44), "times its stride, 8"),
@@ -551,17 +472,3 @@ def test_bad_input(images, tmp_path, monkeypatch, capsys, flags, words):
     assert words in user_error(lc_loss.main, monkeypatch, capsys, *args)
 
 
-def test_copied_alone(tmp_path):
-    shutil.copy(ROOT / "lc_loss.py", tmp_path)
-    code = ("import torch, lc_loss, importlib.util\n"
-            "assert importlib.util.find_spec('common') is None\n"
-            "box, flip = torch.tensor([[0., 0, 9, 9]]), torch.tensor([True])\n"
-            "points, valid = lc_loss.correspondences(box, flip, torch.tensor([[9, 9]]), 3)\n"
-            "f_c, f_sc = torch.randn(2, 1, 4, 3, 3)\n"
-            "print(lc_loss.local_contrastive_loss(f_c, f_sc, points, valid).item())")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    alone = functools.partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True)
-    done = alone([sys.executable, "-c", code])
-    assert done.returncode == 0 and float(done.stdout) > 0, done.stderr
-    done = alone([sys.executable, "lc_loss.py", "--help"])
-    assert done.returncode == 0 and "Differences" in done.stdout, done.stderr

@@ -14,7 +14,7 @@ def edge(outline, angle):
         return 0.64
     if outline == "star":
         return 0.62 + 0.26 * np.cos(5 * angle)
-    half = math.pi / 3 if outline == "triangle" else math.pi / 4  # of a side's angle
+    half = math.pi / (3 if outline == "triangle" else 4)  # of a side's angle
     reach = 1.0 if outline == "triangle" else 0.8  # of the corners
     return reach * math.cos(half) / np.cos(angle % (2 * half) - half)
 
@@ -37,8 +37,8 @@ class Shapes:
 
     def __init__(self, split, size):
         self.size = size
-        self.seed = {"train": 0, "val": 1}[split]
-        self.length = {"train": 10_000, "val": 2_000}[split]
+        self.seed = int(split == "val")
+        self.length = 2_000 if split == "val" else 10_000
 
     def __len__(self):
         return self.length
@@ -57,9 +57,9 @@ class Shapes:
         rng = np.random.default_rng((self.seed, index))
         label = rng.integers(12)  # the first draw, as in label()
         ground = Image.fromarray(rng.integers(50, 200, (12, 12), np.uint8))
-        ground = ground.resize((self.size, self.size), Image.BICUBIC)
-        image = np.asarray(ground)[..., None].repeat(3, 2)
-        mask = np.zeros((self.size, self.size), np.uint8)
+        ground = ground.resize((self.size, self.size))  # bicubic
+        image = np.array(ground.convert("RGB"))
+        mask = np.zeros_like(image[..., 0])
         self.draw(image, mask, rng.integers(12), rng)
         for _ in range(rng.integers(4, 7)):
             self.draw(image, mask, label, rng)
@@ -77,7 +77,6 @@ class Shapes:
         turn = rng.uniform(0, 2 * math.pi)
         u = math.cos(turn) * dx - math.sin(turn) * dy
         v = math.sin(turn) * dx + math.cos(turn) * dy
-
         frequency = rng.uniform(13, 18)
         phase = rng.uniform(0, 2 * math.pi)
         values = wave(TEXTURES[kind % 3], u, v, frequency, phase)

@@ -124,7 +124,8 @@ def has_bf16():
 def parse_args(parser, recipes, limits):
     """The flags; UserError where one is out of limits, {flag: (lowest, highest)} or 0 and more. The
     defaults are the recipe of --arch or its family (as convnext), else of --data, else imagenet."""
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     flag = parser.add_argument
     flag("--data", default="shapes", help="or cifar10, cifar100, stl10, voc, a folder of images")
     flag("--arch", help=", ".join(ARCHITECTURES))
@@ -172,18 +173,26 @@ def warn(message):
 def one_line_errors():
     """Around a main(): a UserError becomes one line on stderr, and exit code 2. Kills data workers,
     which Python would wait for, and leaves several processes at once: torchrun ends the others."""
+    code = 0
     try:
         yield
-        code = 0
-    except UserError as error:
-        code = 2
-        line = str(error).rpartition("UserError: ")[2]  # after a data worker's traceback
-        print("error:", printable(line.strip()), file=sys.stderr)
     except SystemExit as stop:
         code = stop.code
-    except BaseException:
-        code = 1
-        traceback.print_exc()
+    except KeyboardInterrupt:
+        code = 130
+        print("interrupted", file=sys.stderr)
+    except BaseException as error:
+        line = str(error).rpartition("UserError: ")[2].strip()  # after a data worker's traceback
+        lost = re.search(r"DataLoader (worker \(pid|timed out)", line)
+        if lost:
+            line = f"a data worker died or hung ({line}); try docker's --shm-size or --workers"
+        code = 2 if lost or isinstance(error, UserError) else 1
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # what all processes meet, the first one says: then torchrun ends all
+        if code == 1:
+            traceback.print_exc()
+        else:
+            print("error:", printable(line), file=sys.stderr)
     for worker in torch.multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
@@ -231,6 +240,14 @@ def ignore_signals(_):
     """In data workers: a signal to the whole process group is the main process's to answer."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def data_loader(dataset, workers, **how):
+    """A DataLoader with forked workers, which share the data."""
+    if workers:
+        how |= dict(timeout=TIMEOUT.total_seconds(), multiprocessing_context="fork")
+    how |= dict(num_workers=workers, worker_init_fn=ignore_signals)
+    return torch.utils.data.DataLoader(dataset, **how)
 
 
 class Run:
@@ -335,31 +352,24 @@ class Run:
 
     def batches(self, sample):
         """Yields a Batch on the device for each step left, and seeds it. sample: see Views."""
-        seed, workers, size = self.args.seed, self.args.workers, self.args.batch_size
+        seed, size = self.args.seed, self.args.batch_size
         order = Batches(len(self.data), size, self.step, self.total, seed, self.rank, self.world)
-        forked = dict(timeout=TIMEOUT.total_seconds(), multiprocessing_context="fork")
-        loader = torch.utils.data.DataLoader(
-            Views(self.data, sample, seed), batch_sampler=order, worker_init_fn=ignore_signals,
-            pin_memory=self.device.type == "cuda", num_workers=workers,
-            **(forked if workers else {}))  # forked, the workers share the data
+        loader = data_loader(Views(self.data, sample, seed), self.args.workers, batch_sampler=order,
+                             pin_memory=self.device.type == "cuda")
         seen = 0
         self.reset_clock()
         asked = self.clock
-        try:
-            for batch in loader:
-                self.waited += time.monotonic() - asked
-                seen += len(batch.broken)
-                self.broken += int(batch.broken.sum())
-                if self.broken > 10 + 0.01 * seen:
-                    raise UserError(f"{self.broken} of {seen} images could not be read, over 1%")
-                torch.manual_seed(seed_of(seed, self.step, self.rank, 1))
-                views = [view.to(self.device, non_blocking=True) for view in batch.views]
-                yield Batch(views, *[t.to(self.device, non_blocking=True) for t in batch[1:]])
-                asked = time.monotonic()
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise UserError(f"a data worker died or hung: {error}; give fewer --workers") from error
+        for batch in loader:
+            self.waited += time.monotonic() - asked
+            seen += len(batch.broken)
+            self.broken += int(batch.broken.sum())
+            if self.broken > 10 + 0.01 * seen:
+                raise UserError(f"{self.broken} of {seen} images could not be read, over 1%: mend "
+                                "or remove those that the warnings name")
+            torch.manual_seed(seed_of(seed, self.step, self.rank, 1))
+            views = [view.to(self.device, non_blocking=True) for view in batch.views]
+            yield Batch(views, *[t.to(self.device, non_blocking=True) for t in batch[1:]])
+            asked = time.monotonic()
 
     def set_lr(self):
         """Sets this step's learning rate and returns it."""

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import common
+import training
 import shapes
-from evaluate.features import load_batches, to_input
+from evaluate.features import to_input
 
 VOID = 255
 
@@ -139,5 +140,5 @@ class Whole(torch.utils.data.Dataset):
 def whole_images(data, indices, size, stride, args):
     """Yields a backbone's inputs (1, 3, h, w) and masks (H0, W0), one image at a time."""
     whole = Whole(data, size, stride)
-    for image, mask in load_batches(whole, args, batch_size=None, sampler=indices):
+    for image, mask in training.data_loader(whole, args.workers, batch_size=None, sampler=indices):
         yield to_input(image[None], args.device), mask.to(args.device)

@@ -342,7 +342,8 @@ class Run:
         for key, value in self.settings.items():
             print(f"  {key:16} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
-        print(f"{self.folder}: {start} of {self.total}, processes: {self.world}", flush=True)
+        where = f"processes: {self.world} on {self.device.type}"
+        print(f"{self.folder}: {start} of {self.total}, {where}", flush=True)
 
     def on_signal(self, number, frame):
         self.signal = number

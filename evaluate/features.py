@@ -39,10 +39,11 @@ def load(args, size=None):
         return common.build_backbone(args.arch, args.size)
 
     backbone = weights.load_backbone(args.checkpoint, args.arch or None)
-    if args.stem_padding != 1:
+    padding = vars(args).get("stem_padding", 1)  # only evaluations have this flag
+    if padding != 1:
         if not isinstance(backbone, common.ResNet):
             raise common.UserError(f"--stem-padding is for a ResNet, not for {args.arch}")
-        backbone.conv1.padding = (args.stem_padding, args.stem_padding)
+        backbone.conv1.padding = (padding, padding)
     for name, value in backbone.state_dict().items():
         if not value.isfinite().all():
             raise common.UserError(f"{args.checkpoint} is no trained network: {name} holds NaN or "

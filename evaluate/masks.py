@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import common
-import training
 import shapes
+import training
 from evaluate.features import to_input
 
 VOID = 255

@@ -22,7 +22,7 @@ from evaluate import bag, correspond, features, fewshot, heads, knn, linear, mas
 from evaluate import segment as segmentation
 
 CPU = torch.device("cpu")
-ARGS = dict(stem_padding=1, 
+ARGS = dict(stem_padding=1,
     protocol="p", checkpoint="c", data="data", size=32, workers=0, bf16=False, device=CPU, run={},
     finetune=False, labels=None, augment=True, epochs=2, batch_size=4, lr=[0.5, 0.05],
     head="linear", layers=1, steps=60, subsample=[1, 2], runs=5, chunk=3)

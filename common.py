@@ -155,9 +155,8 @@ class ViT(nn.Module):
         return outputs(self.blocks, x)
 
     def stages(self, x):
-        height = x.shape[2] // self.stride
         maps = [self.norm(tokens)[:, 1:] for tokens in self.tokens(x)[-4:]]
-        return [rearrange(m, "b (h w) d -> b d h w", h=height) for m in maps]
+        return [rearrange(m, "b (h w) d -> b d h w", h=x.shape[2] // self.stride) for m in maps]
 
     def forward(self, x):
         x = self.norm(self.tokens(x)[-1])
@@ -286,18 +285,18 @@ def find_images(root):
 
 def open_downloaded(name, split, root):
     """One of torchvision's data sets, downloaded to `root` if it is not there. Raises UserError."""
-    train = split == "train"
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier()  # the first process of each machine downloads
     try:
         if name == "stl10":
-            data = sets.STL10(root, "train+unlabeled" if train else "test", download=True)
+            part = {"train": "train+unlabeled", "val": "test"}[split]
+            data = sets.STL10(root, part, download=True)
             images = Images(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
         elif name == "voc":
             images = Images(sets.VOCSegmentation(root, image_set=split, download=True).images)
         else:
-            data = getattr(sets, name.upper())(root, train, download=True)
+            data = getattr(sets, name.upper())(root, split == "train", download=True)
             images = Images(data.data, np.array(data.targets), data.classes)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot get {name} in {root} ({error}); set $DATA") from error
@@ -491,8 +490,8 @@ class Photometric:
         jittered = torch.rand(n) < self.jitter_p
         order = torch.rand(n, 4).argsort(1)
         neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-        factors = neutral + torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)
-        factors = factors.view(n, 4, 1, 1, 1)
+        change = torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)
+        factors = (neutral + change).view(n, 4, 1, 1, 1)
         for place in range(4):
             for number, op in enumerate(JITTER):
                 if self.jitter[number]:

@@ -30,8 +30,7 @@ def wave(texture, u, v, frequency, phase):
 
 
 class Shapes:
-    """Scenes of five to seven textured objects; scene `index` is always the same. An object's class
-    is its outline and texture together. All objects but one are of one class, the scene's label."""
+    """Scenes of five to seven textured objects: one of any class, the others of the label's."""
 
     classes = [f"{texture} {outline}" for outline in OUTLINES for texture in TEXTURES]
 
@@ -84,5 +83,6 @@ class Shapes:
         dark = rng.uniform(0, 120, 3)
         light = rng.uniform(110, 255, 3)
         inside = np.hypot(u, v) < edge(OUTLINES[kind // 3], np.arctan2(v, u))
-        image[rows, columns][inside] = (dark + (light - dark) * share)[inside]
-        mask[rows, columns][inside] = 1 + kind
+        colours = dark + (light - dark) * share
+        image[rows, columns][inside] = colours[inside]
+        mask[rows, columns][inside] = kind + 1

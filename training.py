@@ -226,8 +226,8 @@ def write(path, save, previous=None):
             os.fsync(file.fileno())
         if previous and path.exists():
             with contextlib.suppress(OSError):  # a file system without hard links keeps none
-                previous.unlink(missing_ok=True)
-                os.link(path, previous)
+                path.with_name(previous).unlink(missing_ok=True)
+                os.link(path, path.with_name(previous))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         with contextlib.suppress(OSError):
@@ -263,8 +263,6 @@ class Run:
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
         self.settings = {**vars(args), "images": len(data)}
         self.folder = Path(args.out) / args.name
-        self.last = self.folder / "last.pt"
-        self.previous = self.folder / "previous.pt"  # the checkpoint before it
         self.step = 0
         self.signal = 0
         self.broken = 0  # images that could not be read, in this process
@@ -284,6 +282,7 @@ class Run:
         for number in SIGNALS:
             signal.signal(number, self.on_signal)
         self.saved = time.monotonic()
+        self.start_clock()
 
     def claim(self):
         """Makes the folder this run's alone. The kernel drops the lock when the process dies."""
@@ -304,7 +303,7 @@ class Run:
 
     def resume(self):
         state = None
-        paths = [path for path in (self.last, self.previous) if path.exists()]
+        paths = list(filter(Path.exists, [self.folder / "last.pt", self.folder / "previous.pt"]))
         for path in paths:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -358,8 +357,7 @@ class Run:
         loader = data_loader(Views(self.data, sample, seed), self.args.workers, batch_sampler=order,
                              pin_memory=self.device.type == "cuda")
         seen = 0
-        self.reset_clock()
-        asked = self.clock
+        asked = time.monotonic()
         for batch in loader:
             self.waited += time.monotonic() - asked
             seen += len(batch.broken)
@@ -381,7 +379,7 @@ class Run:
             group["lr"] = lr
         return lr
 
-    def reset_clock(self):
+    def start_clock(self):
         self.waited = 0.0  # seconds for data since then
         self.clock = time.monotonic()
         self.timed = 0  # steps since then
@@ -405,7 +403,7 @@ class Run:
                     images_per_s=rate * self.args.batch_size,
                     minutes_left=(self.total - step) / rate / 60,
                     memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        self.reset_clock()
+        self.start_clock()
         shown = [f"{name} {value:.4g}" for name, value in line.items() if value]
         if not math.isfinite(terms["loss"]):
             raise UserError(f"NaN or infinity ({', '.join(shown)}): {CURE}")
@@ -449,7 +447,7 @@ class Run:
         backbone = self.model.backbone.state_dict()
         try:
             write(self.folder / "backbone.pt", lambda file: torch.save(backbone, file))
-            write(self.last, lambda file: torch.save(state, file), self.previous)
+            write(self.folder / "last.pt", lambda file: torch.save(state, file), "previous.pt")
         except UserError as error:
             if must:
                 raise

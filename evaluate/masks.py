@@ -111,8 +111,7 @@ class Crops(torch.utils.data.Dataset):
         rng = np.random.default_rng(key)
         image, mask = self.data.pair(key[1])
         side = round(min(image.size) / rng.uniform(1, 2))
-        left = int(rng.integers(image.width - side + 1))
-        top = int(rng.integers(image.height - side + 1))
+        left, top = [int(rng.integers(length - side + 1)) for length in image.size]
         flip = rng.random() < 0.5
         box = (left, top, left + side, top + side)
         mask = targets(mask.resize((self.size, self.size), Image.NEAREST, box=box))

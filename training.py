@@ -193,6 +193,7 @@ def one_line_errors():
             traceback.print_exc()
         else:
             print("error:", printable(line), file=sys.stderr)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
     for worker in torch.multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()

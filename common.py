@@ -1,13 +1,11 @@
 """What the methods share and no paper defines: backbones, data sets, views, colour augmentation.
 
 Legend of all files: B this process's batch, n the global one, G processes, V views, D width,
-H x W a map's height and width, N = H W its locations, H0 x W0 an image's height and width.
-"""
+H x W a map's height and width, N = H W its locations, H0 x W0 an image's height and width."""
 import dataclasses
 import itertools
 import math
 import os
-import stat
 import sys
 import typing
 from pathlib import Path
@@ -20,6 +18,7 @@ import torchvision
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision import datasets as sets
 from torchvision.models.convnext import CNBlock, CNBlockConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
@@ -53,12 +52,11 @@ class ResNet(torchvision.models.ResNet):
         super().__init__(block, layers, zero_init_residual=True)
         self.fc = nn.Identity()
         self.dim = 512 * block.expansion
-        self.stride = 32
+        self.stride = 8 if size < 100 else 32
         if size < 100:
             self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.maxpool = nn.Identity()
-            self.stride = 8
 
     def stages(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -157,9 +155,8 @@ class ViT(nn.Module):
         return outputs(self.blocks, x)
 
     def stages(self, x):
-        height = x.shape[2] // self.stride
         maps = [self.norm(tokens)[:, 1:] for tokens in self.tokens(x)[-4:]]
-        return [rearrange(m, "b (h w) d -> b d h w", h=height) for m in maps]
+        return [rearrange(m, "b (h w) d -> b d h w", h=x.shape[2] // self.stride) for m in maps]
 
     def forward(self, x):
         x = self.norm(self.tokens(x)[-1])
@@ -184,11 +181,8 @@ class TinyConvNet(nn.Sequential):
         return flat(self.stages(x)[-1])
 
 
-RESNETS = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-}
+RESNETS = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet34": (BasicBlock, [3, 4, 6, 3]),
+           "resnet50": (Bottleneck, [3, 4, 6, 3])}
 CONVNEXTS = {  # widths and depths of the four stages
     "convnext_tiny": ((96, 192, 384, 768), (3, 3, 9, 3)),
     "convnext_small": ((96, 192, 384, 768), (3, 3, 27, 3)),
@@ -222,8 +216,6 @@ def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PostScript would run a program
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
-
 MAX_PIXELS = 50e6  # of an image, 150 MB in memory
 
 
@@ -231,8 +223,7 @@ class Images:
     """Images in files below `root`, or in one uint8 array (n, H0, W0, 3); labelled or not."""
 
     def __init__(self, items, labels=None, classes=(), root=""):
-        if not isinstance(items, np.ndarray):
-            # One array of bytes: forked workers share it, where each would copy a list of strings.
+        if not isinstance(items, np.ndarray):  # forked workers share an array, not a list
             items = np.array([os.fsencode(path) for path in items])
         self.items = items
         self.labels = labels
@@ -255,8 +246,8 @@ class Images:
         if self.items.dtype.kind != "S":
             return Image.fromarray(self.items[index])
         path = self.name(index)
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
-            raise OSError("no regular file")
+        if Path(path).is_fifo():  # it would be waited for without end
+            raise OSError("a pipe, no regular file")
         with Image.open(path, formats=FORMATS) as image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 raise OSError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:g} in all")
@@ -271,72 +262,62 @@ class Images:
 
 def find_images(root):
     """Images anywhere below `root`, sorted; labelled if all of them lie in ROOT/CLASS/."""
-
     def refuse(error):  # os.walk would leave the folder out without a word
         raise UserError(f"cannot list a folder of images ({error}): make it readable or remove it")
 
-    paths, seen = [], set()
+    paths = []
+    seen = set()
     for folder, inner, files in os.walk(root, onerror=refuse, followlinks=True):
         if os.path.realpath(folder) in seen:  # a link back to a parent must not loop
             inner.clear()
             continue
         seen.add(os.path.realpath(folder))
         inner[:] = sorted(name for name in inner if name[0] != ".")  # .ipynb_checkpoints
-        names = [name for name in sorted(files) if name[0] != "."]  # ._x.jpg
-        names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
-        paths += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+        for name in sorted(files):
+            if name[0] != "." and Path(name).suffix.lower() in SUFFIXES:  # ._x.jpg is no image
+                paths.append(os.path.relpath(os.path.join(folder, name), root))
     parents = [os.path.dirname(path) for path in paths]
-    classes = sorted(set(parents))
+    classes, labels = np.unique(parents, return_inverse=True)
     if len(classes) < 2 or any(c == "" or os.sep in c for c in classes):
         return Images(paths, root=root)
-    number = {c: i for i, c in enumerate(classes)}
-    return Images(paths, np.array([number[parent] for parent in parents]), classes, root)
+    return Images(paths, labels, classes.tolist(), root)
 
 
 def open_downloaded(name, split, root):
     """One of torchvision's data sets, downloaded to `root` if it is not there. Raises UserError."""
-    sets = torchvision.datasets
-    train = split == "train"
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier()  # the first process of each machine downloads
     try:
         if name == "stl10":
-            data = sets.STL10(root, "train+unlabeled" if train else "test", download=True)
+            part = {"train": "train+unlabeled", "val": "test"}[split]
+            data = sets.STL10(root, part, download=True)
             images = Images(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
         elif name == "voc":
             images = Images(sets.VOCSegmentation(root, image_set=split, download=True).images)
         else:
-            data = getattr(sets, name.upper())(root, train, download=True)
+            data = getattr(sets, name.upper())(root, split == "train", download=True)
             images = Images(data.data, np.array(data.targets), data.classes)
     except (OSError, RuntimeError) as error:
-        cure = "put torchvision's files there, or set $DATA"
-        raise UserError(f"cannot get {name} in {root} ({error}): {cure}") from error
+        raise UserError(f"cannot get {name} in {root} ({error}); set $DATA") from error
     if dist.is_initialized() and first:
         dist.barrier()
     return images
 
 
 def open_data(name, split="train", size=64):
-    """The `split`, "train" or "val", of a data set; None where a folder has no validation part.
-
-    name: shapes (scenes for views of `size` pixels); cifar10, cifar100, stl10, voc (downloaded to
-    $DATA or ./data); else a folder, or one in $DATA: X/train and X/val (or X/test) if X has them,
-    else X itself; of a part with masks/ its images/. Raises UserError.
-    """
+    """The part "train" or "val" of a data set, or None where a folder has none. name: shapes (for
+    views of `size` pixels); cifar10, cifar100, stl10, voc (downloaded to $DATA or ./data); or a
+    folder, here or in $DATA, with train/ and val/ or test/, or of images. Raises UserError."""
     root = os.environ.get("DATA", "data")
     if name == "shapes":
         from shapes import Shapes
-
         return Shapes(split, 3 * size // 2)
     if name in ("cifar10", "cifar100", "stl10", "voc"):
         return open_downloaded(name, split, root)
-    places = [Path(name), Path(root, name)]
-    folder = next((place for place in places if place.is_dir()), None)
-    if folder is None:
-        looked = " and ".join(str(place.absolute()) for place in places)
-        raise UserError(f"no data set '{name}': looked for the folders {looked}; set $DATA, give a "
-                        "folder, or try --data shapes, which needs none")
+    folder = Path(name) if Path(name).is_dir() else Path(root, name)
+    if not folder.is_dir():
+        raise UserError(f"no data set '{name}': looked for it here, in {root}; try --data shapes")
     names = ("train", ".") if split == "train" else ("val", "test")
     part = next((folder / name for name in names if (folder / name).is_dir()), None)
     if part is None:
@@ -419,16 +400,11 @@ class Batches:
     rank: int = 0
     world: int = 1
 
-    def __len__(self):
-        return self.stop - self.start
-
     def __iter__(self):
-        order_epoch = None
         for step in range(self.start, self.stop):
             epoch, batch = divmod(step, self.length // self.batch_size)
-            if epoch != order_epoch:
+            if batch == 0 or step == self.start:
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-                order_epoch = epoch
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(epoch, int(index)) for index in rows[self.rank :: self.world]]
 
@@ -501,8 +477,7 @@ class Photometric:
     solarize_p: float = 0.0
 
     def __call__(self, x):
-        """x (B, 3, H0, W0) uint8 -> float32, normalized. Draws on the CPU with torch's global
-        generator, so that no choice waits for the device."""
+        """x (B, 3, H0, W0) uint8 -> float32, normalized. Draws on the CPU, without a host sync."""
         n = len(x)
         x = x.float() / 255
 
@@ -515,8 +490,8 @@ class Photometric:
         jittered = torch.rand(n) < self.jitter_p
         order = torch.rand(n, 4).argsort(1)
         neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-        factors = neutral + torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)  # (B, 4)
-        factors = factors[:, :, None, None, None]  # (B, 4, 1, 1, 1)
+        change = torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)
+        factors = (neutral + change).view(n, 4, 1, 1, 1)
         for place in range(4):
             for number, op in enumerate(JITTER):
                 if self.jitter[number]:

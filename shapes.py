@@ -14,7 +14,7 @@ def edge(outline, angle):
         return 0.64
     if outline == "star":
         return 0.62 + 0.26 * np.cos(5 * angle)
-    half = math.pi / 3 if outline == "triangle" else math.pi / 4  # of a side's angle
+    half = math.pi / (3 if outline == "triangle" else 4)  # of a side's angle
     reach = 1.0 if outline == "triangle" else 0.8  # of the corners
     return reach * math.cos(half) / np.cos(angle % (2 * half) - half)
 
@@ -30,15 +30,14 @@ def wave(texture, u, v, frequency, phase):
 
 
 class Shapes:
-    """Scenes of five to seven textured objects; scene `index` is always the same. An object's class
-    is its outline and texture together. All objects but one are of one class, the scene's label."""
+    """Scenes of five to seven textured objects: one of any class, the others of the label's."""
 
     classes = [f"{texture} {outline}" for outline in OUTLINES for texture in TEXTURES]
 
     def __init__(self, split, size):
         self.size = size
-        self.seed = {"train": 0, "val": 1}[split]
-        self.length = {"train": 10_000, "val": 2_000}[split]
+        self.seed = int(split == "val")
+        self.length = 2_000 if split == "val" else 10_000
 
     def __len__(self):
         return self.length
@@ -57,9 +56,9 @@ class Shapes:
         rng = np.random.default_rng((self.seed, index))
         label = rng.integers(12)  # the first draw, as in label()
         ground = Image.fromarray(rng.integers(50, 200, (12, 12), np.uint8))
-        ground = ground.resize((self.size, self.size), Image.BICUBIC)
-        image = np.asarray(ground)[..., None].repeat(3, 2)
-        mask = np.zeros((self.size, self.size), np.uint8)
+        ground = ground.resize((self.size, self.size))  # bicubic
+        image = np.array(ground.convert("RGB"))
+        mask = np.zeros_like(image[..., 0])
         self.draw(image, mask, rng.integers(12), rng)
         for _ in range(rng.integers(4, 7)):
             self.draw(image, mask, label, rng)
@@ -77,7 +76,6 @@ class Shapes:
         turn = rng.uniform(0, 2 * math.pi)
         u = math.cos(turn) * dx - math.sin(turn) * dy
         v = math.sin(turn) * dx + math.cos(turn) * dy
-
         frequency = rng.uniform(13, 18)
         phase = rng.uniform(0, 2 * math.pi)
         values = wave(TEXTURES[kind % 3], u, v, frequency, phase)
@@ -85,5 +83,6 @@ class Shapes:
         dark = rng.uniform(0, 120, 3)
         light = rng.uniform(110, 255, 3)
         inside = np.hypot(u, v) < edge(OUTLINES[kind // 3], np.arctan2(v, u))
-        image[rows, columns][inside] = (dark + (light - dark) * share)[inside]
-        mask[rows, columns][inside] = 1 + kind
+        colours = dark + (light - dark) * share
+        image[rows, columns][inside] = colours[inside]
+        mask[rows, columns][inside] = kind + 1

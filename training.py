@@ -3,11 +3,10 @@ import argparse
 import contextlib
 import datetime
 import fcntl
-import hashlib
 import json
 import math
-import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,43 +17,37 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 
 from common import ARCHITECTURES, Batch, Batches, UserError, Views, seed_of
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a slow disk can keep one process that long
 VOTE_EVERY = 10  # steps between two votes of several processes on saving and stopping
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+CURE = "not saved; try a lower --base-lr or --no-bf16, under another --name"  # of NaN
 
 # --- 1. Optimization ------------------------------------------------------------------------------
 
-class LARS(torch.optim.Optimizer):
-    """SGD whose step on a weight matrix is eta times the matrix's norm (arXiv:1708.03888). Biases
-    and normalization are neither decayed nor scaled. Overwrites the gradients."""
+class LARS(torch.optim.SGD):
+    """SGD that scales each weight matrix's gradient to eta times the matrix's norm (1708.03888).
+    Biases and normalization are neither decayed nor scaled. Overwrites the gradients."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
+        super().__init__(params, lr, momentum, foreach=True)
+        for group in self.param_groups:
+            group.update(decay=weight_decay, eta=eta)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            matrices = [p for p in params if p.ndim > 1]
+            matrices = [p for p in group["params"] if p.grad is not None and p.ndim > 1]
             if matrices:
                 grads = [p.grad for p in matrices]
-                torch._foreach_add_(grads, matrices, alpha=group["weight_decay"])
+                torch._foreach_add_(grads, matrices, alpha=group["decay"])
                 w = torch.stack(torch._foreach_norm(matrices))
                 g = torch.stack(torch._foreach_norm(grads))
                 ratio = torch.where((w > 0) & (g > 0), group["eta"] * w / g, 1.0)
                 torch._foreach_mul_(grads, ratio.unbind())
-            for p in params:
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            if params:
-                momenta = [self.state[p]["momentum"] for p in params]
-                torch._foreach_mul_(momenta, group["momentum"])
-                torch._foreach_add_(momenta, [p.grad for p in params])
-                torch._foreach_add_(params, momenta, alpha=-group["lr"])
+        super().step()
 
 
 def cosine_schedule(step, total, warmup, peak, final):
@@ -81,17 +74,14 @@ def rank_and_world():
 
 
 def of_this_start(store, rank, world):
-    """The part of torchrun's store that is of this start alone, without the addresses of the dead.
-
-    Each process puts a new name into a list, then reads the list: all agree only on a new list.
-    """
-    store.set(f"name {rank}", os.urandom(8).hex())
-    agreed = None
-    while agreed is None or store.add(agreed, 0) < world:
-        names = store.multi_get([f"name {r}" for r in range(world)])
-        digest = hashlib.sha256(b"".join(names)).hexdigest()
-        if digest != agreed:
-            agreed = digest
+    """torchrun's store for this start alone, without what an earlier start left in it. Each process
+    puts a new name into a list, then reads the list: all agree only on a new list."""
+    store.set(f"name {rank}", os.urandom(4).hex())
+    agreed = ""
+    while not agreed or store.add(agreed, 0) < world:
+        names = b"".join(store.multi_get([f"name {r}" for r in range(world)])).decode()
+        if names != agreed:
+            agreed = names
             store.add(agreed, 1)
         time.sleep(0.02)
     return dist.PrefixStore(agreed, store)
@@ -99,6 +89,7 @@ def of_this_start(store, rank, world):
 
 def set_up(seed):
     """Joins torchrun's process group (NCCL or gloo; none without it), seeds -> the device."""
+    torch.manual_seed(seed)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -108,7 +99,6 @@ def set_up(seed):
         store = of_this_start(store, rank, world)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    torch.manual_seed(seed)
     return device
 
 
@@ -117,18 +107,12 @@ def distribute(model, device):
     model = model.to(device, memory_format=torch.channels_last)
     if not dist.is_initialized():
         return model, model
-    devices = None
     if device.type == "cuda":  # on the CPU, BatchNorm's statistics stay those of each process
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        devices = [device.index]
-    return model, nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model, torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 # --- 3. Command line ------------------------------------------------------------------------------
-
-AT_LEAST_1 = (1, math.inf)
-LIMITS = dict(size=AT_LEAST_1, epochs=AT_LEAST_1, batch_size=AT_LEAST_1, log_every=AT_LEAST_1)
-
 
 def has_bf16():
     """Whether bfloat16 is fast here: on GPUs and CPUs with instructions for it."""
@@ -138,14 +122,12 @@ def has_bf16():
 
 
 def parse_args(parser, recipes, limits):
-    """The method's flags and those of all methods. A recipe gives the defaults: that of --arch or
-    of its family (resnet, convnext, vit) if there is one, else that of --data, else imagenet's.
-    limits: {flag: (lowest, highest)}, by default 0 or more; what is out of them is a UserError."""
+    """The flags; UserError where one is out of limits, {flag: (lowest, highest)} or 0 and more. The
+    defaults are the recipe of --arch or its family (as convnext), else of --data, else imagenet."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     flag = parser.add_argument
-    flag("--data", default="shapes",
-         help="shapes, cifar10, cifar100, stl10, voc, or a folder of images (or one in $DATA)")
+    flag("--data", default="shapes", help="or cifar10, cifar100, stl10, voc, a folder of images")
     flag("--arch", help=", ".join(ARCHITECTURES))
     flag("--size", type=int, help="side of a view in pixels")
     flag("--epochs", type=int, help="passes over the data")
@@ -155,8 +137,7 @@ def parse_args(parser, recipes, limits):
     flag("--weight-decay", type=float, help="of weight matrices")
     flag("--warmup-epochs", type=int, help="epochs in which the learning rate rises to its peak")
     flag("--seed", type=int, default=0, help="of all that is random")
-    flag("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16(),
-         help="autocast to bfloat16; by default where it is fast")
+    flag("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16(), help="autocast to it")
     flag("--workers", type=int, default=min(12, cores), help="data loading processes")
     flag("--out", default="runs", help="folder of all runs")
     flag("--name", help="this run's folder in --out; by default METHOD-DATA")
@@ -169,13 +150,13 @@ def parse_args(parser, recipes, limits):
     parser.set_defaults(**recipe, name=f"{Path(sys.argv[0]).stem}-{data}")
 
     args = parser.parse_args()
+    limits = dict.fromkeys(("size", "epochs", "batch_size", "log_every"), (1, math.inf)) | limits
     for name, value in vars(args).items():
-        low, high = (LIMITS | limits).get(name, (0, math.inf))
+        low, high = limits.get(name, (0, math.inf))
         values = value if isinstance(value, list) else [value]
-        numbers = [v for v in values if isinstance(v, int | float)]
-        if numbers and not low <= min(numbers) <= max(numbers) <= high:
-            said = f"--{name.replace('_', '-')} {value}"
-            raise UserError(f"{said}: it must be at least {low} and at most {high}")
+        if any(isinstance(v, int | float) and not low <= v <= high for v in values):
+            name = name.replace("_", "-")
+            raise UserError(f"--{name} {value}: it must be at least {low} and at most {high}")
     return args
 
 
@@ -195,18 +176,24 @@ def one_line_errors():
     code = 0
     try:
         yield
-    except UserError as error:
-        code = 2
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # what all processes meet, the first one says, before torchrun ends all
-        line = str(error).rpartition("UserError: ")[2]  # after a data worker's traceback
-        print("error:", printable(line.strip()), file=sys.stderr)
     except SystemExit as stop:
         code = stop.code
-    except BaseException:
-        code = 1
-        traceback.print_exc()
-    for worker in multiprocessing.active_children():
+    except KeyboardInterrupt:
+        code = 130
+        print("interrupted", file=sys.stderr)
+    except BaseException as error:
+        line = str(error).rpartition("UserError: ")[2].strip()  # after a data worker's traceback
+        lost = re.search(r"DataLoader (worker \(pid|timed out)", line)
+        if lost:
+            line = f"a data worker died or hung ({line}); try docker's --shm-size or --workers"
+        code = 2 if lost or isinstance(error, UserError) else 1
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # what all processes meet, the first one says: then torchrun ends all
+        if code == 1:
+            traceback.print_exc()
+        else:
+            print("error:", printable(line), file=sys.stderr)
+    for worker in torch.multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
     if dist.is_initialized():
@@ -217,7 +204,6 @@ def one_line_errors():
 
 def launch(train, parser, recipes, **limits):
     """train(args) with the flags of parse_args(), within one_line_errors()."""
-
     def refuse(message):
         raise UserError(f"{message}; see --help")
 
@@ -229,8 +215,8 @@ def launch(train, parser, recipes, **limits):
 # --- 4. A run -------------------------------------------------------------------------------------
 
 def write(path, save, previous=None):
-    """save(file), so that `path` holds the old bytes or all of the new ones, whatever happens. The
-    old ones keep the name `previous`. Raises UserError where it cannot write, with nothing lost."""
+    """save(file): `path` holds the old bytes or all of the new ones, whatever happens. The old ones
+    keep the name `previous`. Raises UserError."""
     part = path.with_suffix(".part")
     try:
         part.unlink(missing_ok=True)
@@ -240,15 +226,14 @@ def write(path, save, previous=None):
             os.fsync(file.fileno())
         if previous and path.exists():
             with contextlib.suppress(OSError):  # a file system without hard links keeps none
-                previous.unlink(missing_ok=True)
-                os.link(path, previous)
+                path.with_name(previous).unlink(missing_ok=True)
+                os.link(path, path.with_name(previous))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         reason = error.__context__ or error
-        raise UserError(f"cannot write {path} ({reason}), what it held is intact: free space, run "
-                        "again") from error
+        raise UserError(f"cannot write {path} ({reason}); what it held is intact") from error
 
 
 def ignore_signals(_):
@@ -257,11 +242,16 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-class Run:
-    """A training run in the folder OUT/NAME: log.jsonl, last.pt, backbone.pt. It resumes from
-    last.pt, or where that cannot be read from previous.pt, the checkpoint before it."""
+def data_loader(dataset, workers, **how):
+    """A DataLoader with forked workers, which share the data."""
+    if workers:
+        how |= dict(timeout=TIMEOUT.total_seconds(), multiprocessing_context="fork")
+    how |= dict(num_workers=workers, worker_init_fn=ignore_signals)
+    return torch.utils.data.DataLoader(dataset, **how)
 
-    FREE = {"out", "name", "workers", "save_minutes", "log_every"}  # may change on resuming
+
+class Run:
+    """A run in OUT/NAME: log.jsonl, backbone.pt, last.pt and the checkpoint before, previous.pt."""
 
     def __init__(self, args, model, optimizer, data, device):
         self.args = args
@@ -271,29 +261,28 @@ class Run:
         self.device = device
         self.rank, self.world = rank_and_world()
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
+        self.settings = {**vars(args), "images": len(data)}
         self.folder = Path(args.out) / args.name
         self.step = 0
         self.signal = 0
-        self.seen = 0  # images since the start, in this process
-        self.broken = 0  # those of them that could not be read
+        self.broken = 0  # images that could not be read, in this process
         self.per_epoch = len(data) // args.batch_size
         self.total = args.epochs * self.per_epoch
-        self.peak_lr = args.base_lr * args.batch_size / 256
-
         if args.batch_size < 2 * self.world or args.batch_size % self.world:
-            raise UserError(f"--batch-size {args.batch_size}: it must be a multiple of the "
-                            f"{self.world} processes, with 2 or more for each")
+            share = f"a multiple of the {self.world} processes, 2 or more for each"
+            raise UserError(f"--batch-size {args.batch_size}: it must be {share}")
         if not self.per_epoch:
-            raise UserError(f"--batch-size {args.batch_size} is above the {len(data)} images")
+            raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images")
+
         if self.rank == 0:
             self.claim()
         self.resume()
         if self.rank == 0:
-            self.open_log()
-            self.describe()
+            self.start_log()
         for number in SIGNALS:
             signal.signal(number, self.on_signal)
         self.saved = time.monotonic()
+        self.start_clock()
 
     def claim(self):
         """Makes the folder this run's alone. The kernel drops the lock when the process dies."""
@@ -307,36 +296,31 @@ class Run:
             raise UserError(f"cannot write in {self.folder} ({error}); try another --out") from None
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            cure = "wait for its end, or give another --name"
-            raise UserError(f"another run is at work in {self.folder}: {cure}") from error
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another run is at work in {self.folder}: wait for its end") from None
         except OSError as error:
             warn(f"cannot lock {self.folder} ({error}): start no second run in it")
 
-    def read(self):
-        """What last.pt holds, or else previous.pt; None where there is neither."""
-        paths = [self.folder / "last.pt", self.folder / "previous.pt"]
-        paths = [path for path in paths if path.exists()]
+    def resume(self):
+        state = None
+        paths = list(filter(Path.exists, [self.folder / "last.pt", self.folder / "previous.pt"]))
         for path in paths:
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                break
             except Exception as error:  # whatever the bytes of the file make torch raise
                 warn(f"cannot read {path} ({str(error)[:80]})")
-        if paths:
+        if paths and state is None:
             raise UserError(f"no whole checkpoint in {self.folder}: give another --name")
-        return None
 
-    def resume(self):
-        now = {**vars(self.args), "images": len(self.data)}
-        now = {key: value for key, value in now.items() if key not in self.FREE}
-        state = self.read()
+        free = ("out", "name", "workers", "save_minutes", "log_every")  # may be other ones now
+        now = {key: value for key, value in self.settings.items() if key not in free}
         if state is not None:
             then = state["args"]
-            differ = [f"{key.replace('_', '-')} {then[key]} (now {now[key]})"
-                      for key in now if key in then and then[key] != now[key]]
+            differ = [f"{key.replace('_', '-')} {then[key]} (now {value})"
+                      for key, value in now.items() if then.get(key, value) != value]
             if differ:
-                cure = "give the same, or another --name"
-                raise UserError(f"{self.folder} was started with {', '.join(differ)}: {cure}")
+                raise UserError(f"{self.folder} has {', '.join(differ)}: give another --name")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
@@ -346,27 +330,19 @@ class Run:
             if any(other != seen[0] for other in seen):
                 raise UserError("the processes differ in their checkpoint, arguments or images")
 
-    def open_log(self):
-        """Opens log.jsonl without the lines beyond this step, which a crash can leave."""
+    def start_log(self):
+        """Opens log.jsonl without the lines of steps that a crash undid; prints the settings."""
         path = self.folder / "log.jsonl"
-        kept = []
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # any bytes, after a crash
-                if json.loads(line)["step"] <= self.step and line.endswith(b"\n"):
-                    kept.append(line)
-        write(path, lambda file: file.write(b"".join(kept)))
+        text = path.read_bytes() if path.exists() else b""
+        lines = re.finditer(rb'^{"step": (\d+), .*}\n', text, re.MULTILINE)
+        write(path, lambda file: file.writelines(x[0] for x in lines if int(x[1]) <= self.step))
         self.log_file = open(path, "a")
 
-    def describe(self):
-        """Prints the settings in force."""
-        rows = dict(sorted(vars(self.args).items()))
-        rows |= {"peak lr": self.peak_lr, "images": len(self.data), "steps": self.total,
-                 "processes": f"{self.world} on {self.device.type}",
-                 "parameters": f"{sum(p.numel() for p in self.model.parameters()):,}"}
-        for key, value in rows.items():
-            print(f"  {key.replace('_', '-'):16} {value}")
+        for key, value in self.settings.items():
+            print(f"  {key:16} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
-        print(f"{self.folder}: {start}", flush=True)
+        where = f"processes: {self.world} on {self.device.type}"
+        print(f"{self.folder}: {start} of {self.total}, {where}", flush=True)
 
     def on_signal(self, number, frame):
         self.signal = number
@@ -375,89 +351,70 @@ class Run:
             print("saving after this step; again to quit now", flush=True)
 
     def batches(self, sample):
-        """Yields a Batch on the device for each step left, and seeds it. sample: of common.Views.
-        Raises UserError where over 1% of the images cannot be read."""
-        seed, workers, size = self.args.seed, self.args.workers, self.args.batch_size
+        """Yields a Batch on the device for each step left, and seeds it. sample: see Views."""
+        seed, size = self.args.seed, self.args.batch_size
         order = Batches(len(self.data), size, self.step, self.total, seed, self.rank, self.world)
-        loader = torch.utils.data.DataLoader(
-            Views(self.data, sample, seed), batch_sampler=order, num_workers=workers,
-            pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals,
-            timeout=TIMEOUT.total_seconds() if workers else 0,
-            multiprocessing_context="fork" if workers else None)  # forked, they share the data
-        self.reset_clock()
+        loader = data_loader(Views(self.data, sample, seed), self.args.workers, batch_sampler=order,
+                             pin_memory=self.device.type == "cuda")
+        seen = 0
         asked = time.monotonic()
-        try:
-            for batch in loader:
-                self.waited += time.monotonic() - asked
-                self.seen += len(batch.broken)
-                self.broken += int(batch.broken.sum())
-                if self.broken > 10 + 0.01 * self.seen:
-                    raise UserError(f"{self.broken} of {self.seen} images could not be read, over "
-                                    "1%: mend or remove those that the warnings name")
-                torch.manual_seed(seed_of(seed, self.step, self.rank, 1))
-                views, *rest = batch
-                views = [view.to(self.device, non_blocking=True) for view in views]
-                yield Batch(views, *[t.to(self.device, non_blocking=True) for t in rest])
-                asked = time.monotonic()
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            cure = "more memory, docker's --shm-size, `ulimit -n` or fewer --workers may help"
-            raise UserError(f"a data worker died or hung ({error}): {cure}") from error
+        for batch in loader:
+            self.waited += time.monotonic() - asked
+            seen += len(batch.broken)
+            self.broken += int(batch.broken.sum())
+            if self.broken > 10 + 0.01 * seen:
+                raise UserError(f"{self.broken} of {seen} images could not be read, over 1%: mend "
+                                "or remove those that the warnings name")
+            torch.manual_seed(seed_of(seed, self.step, self.rank, 1))
+            views = [view.to(self.device, non_blocking=True) for view in batch.views]
+            yield Batch(views, *[t.to(self.device, non_blocking=True) for t in batch[1:]])
+            asked = time.monotonic()
 
     def set_lr(self):
         """Sets this step's learning rate and returns it."""
+        peak = self.args.base_lr * self.args.batch_size / 256
         warmup = self.args.warmup_epochs * self.per_epoch
-        lr = cosine_schedule(self.step, self.total, warmup, self.peak_lr, self.args.final_lr)
+        lr = cosine_schedule(self.step, self.total, warmup, peak, self.args.final_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
-    def reset_clock(self):
-        self.waited = 0.0
+    def start_clock(self):
+        self.waited = 0.0  # seconds for data since then
         self.clock = time.monotonic()
-        self.clock_step = self.step
-
-    def diverged(self, terms):
-        said = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
-        cure = "try a lower --base-lr or --no-bf16, under another --name"
-        raise UserError(f"NaN or infinity by step {self.step + 1} ({said}), not saved: {cure}")
+        self.timed = 0  # steps since then
 
     def log(self, **metrics):
-        """Every --log-every steps and at the last: a line in log.jsonl and on the screen. metrics:
+        """A line in log.jsonl and on the screen, every --log-every steps and at the last. metrics:
         numbers or 0-d tensors, averaged over processes. UserError where the loss is not finite."""
-        self.metrics = metrics
         step = self.step + 1
+        self.timed += 1
         if step % self.args.log_every and step != self.total:
             return
+        metrics["broken"] = self.broken * self.world  # so that their mean is the sum
         values = [torch.as_tensor(value, device=self.device) for value in metrics.values()]
-        values.append(torch.tensor(self.broken * self.world, device=self.device))
         values = torch.stack([value.detach().double() for value in values])
         if self.world > 1:
             dist.all_reduce(values)
-        *means, broken = (values / self.world).tolist()
-        terms = dict(zip(metrics, means))
-        if not math.isfinite(terms["loss"]):
-            self.diverged(terms)
-
-        if self.rank == 0:
-            self.write_line(step, terms, int(broken))
-        self.reset_clock()
-
-    def write_line(self, step, terms, broken):
+        terms = dict(zip(metrics, (values / self.world).tolist()))
         seconds = time.monotonic() - self.clock
-        rate = (step - self.clock_step) / seconds
-        line = dict(step=step, epoch=step / self.per_epoch, **terms, broken=broken,
-                    images_per_s=rate * self.args.batch_size, wait=self.waited / seconds,
+        rate = self.timed / seconds  # steps a second
+        line = dict(step=step, epoch=step / self.per_epoch, **terms, wait=self.waited / seconds,
+                    images_per_s=rate * self.args.batch_size,
                     minutes_left=(self.total - step) / rate / 60,
                     memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        try:
-            self.log_file.write(json.dumps(line) + "\n")
-            self.log_file.flush()
-        except OSError as error:  # the line stays in the buffer, to go out with a later one
-            warn(f"cannot write to {self.folder / 'log.jsonl'} ({error})")
+        self.start_clock()
         shown = [f"{name} {value:.4g}" for name, value in line.items() if value]
-        print(*shown, sep="  ", flush=True)
+        if not math.isfinite(terms["loss"]):
+            raise UserError(f"NaN or infinity ({', '.join(shown)}): {CURE}")
+
+        if self.rank == 0:
+            try:
+                self.log_file.write(json.dumps(line) + "\n")
+                self.log_file.flush()
+            except OSError as error:  # the line stays in the buffer, to go out with a later one
+                warn(f"cannot write to {self.folder / 'log.jsonl'} ({error})")
+            print(*shown, sep="  ", flush=True)
 
     def end_step(self):
         """Counts the step. Saves where it is time to, and on a signal, which then ends the run."""
@@ -472,7 +429,6 @@ class Run:
             wish = int(vote)
         if wish or last:
             self.save(must=wish > 1 or last)
-            self.saved = time.monotonic()
         if wish > 1:
             name = signal.Signals(wish).name
             print(f"{name}: saved at step {self.step}; the same command resumes", flush=True)
@@ -480,26 +436,25 @@ class Run:
 
     def save(self, must):
         """last.pt and backbone.pt, if all is finite. A failure to write is fatal if `must`."""
-        weights = self.model.state_dict()
-        if not all(t.isfinite().all() for t in weights.values() if t.is_floating_point()):
-            self.diverged(self.metrics)
+        self.saved = time.monotonic()
+        model = self.model.state_dict()
+        if not all(t.isfinite().all() for t in model.values() if t.is_floating_point()):
+            raise UserError(f"NaN or infinity in the weights of step {self.step}: {CURE}")
         if self.rank:
             return
-        state = dict(model=weights, optimizer=self.optimizer.state_dict(), step=self.step,
-                     args={**vars(self.args), "images": len(self.data)})
+        optimizer = self.optimizer.state_dict()
+        state = dict(step=self.step, model=model, optimizer=optimizer, args=self.settings)
         backbone = self.model.backbone.state_dict()
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
         try:
             write(self.folder / "backbone.pt", lambda file: torch.save(backbone, file))
-            write(last, lambda file: torch.save(state, file), previous)
+            write(self.folder / "last.pt", lambda file: torch.save(state, file), "previous.pt")
         except UserError as error:
             if must:
                 raise
             warn(error)  # the next checkpoint may find room
 
     def finish(self, *protocols):
-        """Evaluates the trained backbone beside an untrained one, in a command of its own, where
-        evaluate/ lies beside this file and the data has labels; else says how to."""
+        """Evaluates the backbone in a command of its own, or says how where it cannot be done."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         here = Path(__file__).resolve().parent

@@ -15,9 +15,8 @@ HEADS = ("fc.", "head.", "heads.", "classifier.2.", "projector.", "maps_projecto
 
 
 def read_checkpoint(path):
-    """The dictionary in a checkpoint file, or in the last.pt of a run folder. Raises UserError, and
-    runs no code that the file may hold: it reads tensors, plain values, and what DINO's files hold
-    besides, numpy's numbers and an argparse.Namespace."""
+    """The dictionary in a checkpoint file or a run folder's last.pt; no code that it may hold runs.
+    Reads tensors, plain values, and DINO's numpy numbers and Namespace. Raises UserError."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.is_file():
@@ -30,8 +29,7 @@ def read_checkpoint(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes of the file make the unpickler raise
         reason = (str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
-        raise UserError(f"{path} is no file of weights, or holds more than weights, and was not "
-                        f"loaded ({reason})") from error
+        raise UserError(f"{path} is no file of weights alone, not loaded ({reason})") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, no dictionary of weights")
     return state
@@ -67,8 +65,9 @@ def from_convnext(key):
     return key
 
 
-def backbone_state(state):
-    """The backbone's own parameters in a checkpoint: of the teacher, without prefixes and heads."""
+def backbone_state(state, arch):
+    """The backbone's parameters in a checkpoint under our names: of the teacher, if there is one,
+    without prefixes and heads."""
     for part in ("teacher", "model", "state_dict"):
         if isinstance(state.get(part), dict):
             state = state[part]
@@ -77,29 +76,28 @@ def backbone_state(state):
     for prefix in ("module.", "backbone."):
         inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         state = inner or state
-    return {key: value for key, value in state.items()
-            if not key.startswith(HEADS) or key.startswith("head.norm.")}  # timm's ConvNeXt
+    state = {key: value for key, value in state.items()
+             if not key.startswith(HEADS) or key.startswith("head.norm.")}  # timm's ConvNeXt
+    if arch in VITS:
+        return {from_torchvision_vit(key): value for key, value in state.items()}
+    if arch in CONVNEXTS:
+        state = {from_convnext(key): value for key, value in state.items()}
+        scales = {key: state[key].view(-1, 1, 1) for key in state if key.endswith("layer_scale")}
+        return state | scales
+    return state
 
 
 def load_backbone(checkpoint, arch=None):
-    """A backbone with trained weights, in eval mode. checkpoint: a run folder or last.pt (both know
-    their `arch`), backbone.pt, a state dict of torchvision or timm, a release of VICReg, VICRegL,
-    DINO or CrIBo; or any of these, loaded. Raises UserError, naming keys, where it does not fit."""
-    name, state = "the checkpoint", checkpoint
-    if not isinstance(checkpoint, dict):
-        name, state = checkpoint, read_checkpoint(checkpoint)
+    """A trained backbone in eval mode. checkpoint: a run folder or last.pt (which know their arch),
+    backbone.pt, a file of torchvision, timm, VICReg, VICRegL, DINO or CrIBo; or any of these,
+    loaded. Raises UserError, naming keys, where it does not fit."""
+    state = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
+    name = "the checkpoint" if state is checkpoint else checkpoint
     if arch is None and isinstance(state.get("args"), dict):
         arch = state["args"].get("arch")
     if arch is None:
         raise UserError(f"{name} does not name its architecture: add --arch")
-    state = backbone_state(state)
-    if arch in VITS:
-        state = {from_torchvision_vit(key): value for key, value in state.items()}
-    if arch in CONVNEXTS:
-        state = {from_convnext(key): value for key, value in state.items()}
-        for key in state:
-            if key.endswith("layer_scale"):
-                state[key] = state[key].view(-1, 1, 1)
+    state = backbone_state(state, arch)
 
     size = 224  # what the weights were made for
     if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3:
@@ -110,16 +108,13 @@ def load_backbone(checkpoint, arch=None):
     backbone = build_backbone(arch, size, layer_scale=any("layer_scale" in key for key in state))
 
     own = backbone.state_dict()
-    shapes = [f"{key} {list(state[key].shape)}, not {list(own[key].shape)}"
-              for key in own if key in state and state[key].shape != own[key].shape]
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    said = f"{name} is not a {arch} of {len(own)} parameters:"
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    for what, keys in kinds.items():
-        if keys:
-            said += f" {len(keys)} {what} ({', '.join(keys[:4])}{', ...' if keys[4:] else ''});"
-    if missing or unexpected or shapes:
-        raise UserError(f"{said} set --arch")
+    wrong = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [f"{key} {list(state[key].shape)}, not {list(own[key].shape)}"
+                             for key in own if key in state and state[key].shape != own[key].shape]}
+    said = [f"{len(keys)} {what} ({', '.join(keys[:4])})" for what, keys in wrong.items() if keys]
+    if said:
+        raise UserError(f"{name} is not a {arch}: {'; '.join(said)}; set --arch")
     backbone.load_state_dict(state)
     return backbone.eval()

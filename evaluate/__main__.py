@@ -48,6 +48,7 @@ def parse_args():
         flag("--checkpoint", required=True, help="a run folder, a file of weights, or 'random'")
         flag("--baseline", action="store_true", help="the untrained network too, in further rows")
         flag("--arch", help="known from a run folder; " + ", ".join(common.ARCHITECTURES))
+        flag("--stem-padding", type=int, default=1, help="2 for solo-learn's ResNets of CIFAR")
         flag("--data", help="by default that of the run")
         flag("--size", type=int, help="side of images in pixels; by default that of the run")
         flag("--bf16", action=argparse.BooleanOptionalAction, help="by default as in the run")

@@ -39,6 +39,11 @@ def load(args, size=None):
         return common.build_backbone(args.arch, args.size)
 
     backbone = weights.load_backbone(args.checkpoint, args.arch or None)
+    padding = vars(args).get("stem_padding", 1)  # only evaluations have this flag
+    if padding != 1:
+        if not isinstance(backbone, common.ResNet):
+            raise common.UserError(f"--stem-padding is for a ResNet, not for {args.arch}")
+        backbone.conv1.padding = (padding, padding)
     for name, value in backbone.state_dict().items():
         if not value.isfinite().all():
             raise common.UserError(f"{args.checkpoint} is no trained network: {name} holds NaN or "
@@ -55,7 +60,10 @@ def untrained(args, backbone):
     layer_scale = any("layer_scale" in name for name in state)
     seed = args.run.get("seed", 0)
     torch.manual_seed(seed if isinstance(seed, int) else 0)
-    return common.build_backbone(args.arch, size, layer_scale=layer_scale)
+    fresh = common.build_backbone(args.arch, size, layer_scale=layer_scale)
+    if isinstance(fresh, common.ResNet):
+        fresh.conv1.padding = backbone.conv1.padding
+    return fresh
 
 
 # --- 2. Processes ---------------------------------------------------------------------------------
@@ -118,21 +126,6 @@ def to_input(x, device):
     return common.normalize(x.to(device, non_blocking=True).float() / 255)
 
 
-def load_batches(dataset, args, **how):
-    """Yields what a DataLoader does. Raises UserError where a worker dies or hangs."""
-    if args.workers:
-        how["timeout"] = training.TIMEOUT.total_seconds()
-        how["multiprocessing_context"] = "fork"  # they share the data
-    try:
-        yield from torch.utils.data.DataLoader(
-            dataset, num_workers=args.workers, worker_init_fn=training.ignore_signals, **how)
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        cure = "more memory, docker's --shm-size, `ulimit -n` or fewer --workers may help"
-        raise common.UserError(f"a data worker died or hung ({error}): {cure}") from error
-
-
 class Stacked(common.Views):
     """Item index -> a sample with its views in one tensor: a worker can hand over few of them."""
 
@@ -149,7 +142,7 @@ def read_batches(data, view, args, batch_size):
     chunks = torch.arange(len(data)).split(batch_size)[rank::world]
     views = Stacked(data, lambda image: view(image, size=args.size), seed=0)
     keys = [chunk.tolist() for chunk in chunks]
-    for index, batch in zip(chunks, load_batches(views, args, batch_sampler=keys)):
+    for index, batch in zip(chunks, training.data_loader(views, args.workers, batch_sampler=keys)):
         whole = ~batch.broken  # another image has taken the place of a broken one
         if batch.broken.any():
             training.warn(f"{int(batch.broken.sum())} such image(s) have no part in the result")

@@ -109,7 +109,7 @@ def fit_on_images(backbone, train, args):
     total = args.epochs * (len(chosen) // args.batch_size)
     views = common.Views(train, lambda image: train_view(image, args.size), seed=0)
     order = shuffled(chosen, total, args)
-    loaded = features.load_batches(views, args, batch_sampler=order)
+    loaded = training.data_loader(views, args.workers, batch_sampler=order)
     device = args.device
     batches = ((to_input(b.views[0], device), b.labels.to(device)) for b in loaded)
     heads = classifiers(backbone.dim, len(train.classes), len(args.lr))

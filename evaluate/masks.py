@@ -9,7 +9,8 @@ from PIL import Image
 
 import common
 import shapes
-from evaluate.features import load_batches, to_input
+import training
+from evaluate.features import to_input
 
 VOID = 255
 
@@ -110,8 +111,7 @@ class Crops(torch.utils.data.Dataset):
         rng = np.random.default_rng(key)
         image, mask = self.data.pair(key[1])
         side = round(min(image.size) / rng.uniform(1, 2))
-        left = int(rng.integers(image.width - side + 1))
-        top = int(rng.integers(image.height - side + 1))
+        left, top = [int(rng.integers(length - side + 1)) for length in image.size]
         flip = rng.random() < 0.5
         box = (left, top, left + side, top + side)
         mask = targets(mask.resize((self.size, self.size), Image.NEAREST, box=box))
@@ -139,5 +139,5 @@ class Whole(torch.utils.data.Dataset):
 def whole_images(data, indices, size, stride, args):
     """Yields a backbone's inputs (1, 3, h, w) and masks (H0, W0), one image at a time."""
     whole = Whole(data, size, stride)
-    for image, mask in load_batches(whole, args, batch_size=None, sampler=indices):
+    for image, mask in training.data_loader(whole, args.workers, batch_size=None, sampler=indices):
         yield to_input(image[None], args.device), mask.to(args.device)

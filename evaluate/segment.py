@@ -29,7 +29,7 @@ from torch import nn
 
 import common
 import training
-from evaluate.features import load_batches, summed, to_input
+from evaluate.features import summed, to_input
 from evaluate.heads import Heads, confusion, fit, mean_iou, shuffled, sweep_table
 from evaluate.masks import Crops, open_masks, whole_images
 
@@ -89,7 +89,7 @@ def train_heads(backbone, read, train, lrs, optimizer, args):
     heads = [build(width, train.num_classes) for _ in lrs]
     model = Heads(copy.deepcopy(backbone), read, heads, args.finetune, args.bf16)
     order = shuffled(range(len(train)), args.steps, args)
-    crops = load_batches(Crops(train, args.size), args, batch_sampler=order)
+    crops = training.data_loader(Crops(train, args.size), args.workers, batch_sampler=order)
     batches = ((to_input(x, args.device), mask.to(args.device)) for x, mask in crops)
     backbone_lr = lrs[0] if args.finetune else None
     fit(model, batches, args.steps, lrs, backbone_lr, optimizer,

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from helpers import make_images, on_processes, script, user_error
 from PIL import Image
 
@@ -21,7 +22,7 @@ from evaluate import bag, correspond, features, fewshot, heads, knn, linear, mas
 from evaluate import segment as segmentation
 
 CPU = torch.device("cpu")
-ARGS = dict(
+ARGS = dict(stem_padding=1,
     protocol="p", checkpoint="c", data="data", size=32, workers=0, bf16=False, device=CPU, run={},
     finetune=False, labels=None, augment=True, epochs=2, batch_size=4, lr=[0.5, 0.05],
     head="linear", layers=1, steps=60, subsample=[1, 2], runs=5, chunk=3)
@@ -856,12 +857,35 @@ def test_nothing_imports_evaluate_but_what_shows_results():
         assert "from evaluate" not in (root / f"{name}.py").read_text()
 
 
-def test_a_worker_that_dies_is_one_line(monkeypatch):
+def test_a_worker_that_dies_is_one_line(monkeypatch, capsys):
     def dies(*_, **__):
         raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error.")
-        yield
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", dies)
-    with pytest.raises(common.UserError, match="--shm-size"):
-        list(features.load_batches([], settings()))
-    assert training.rank_and_world() == (0, 1)
+    with pytest.raises(SystemExit) as stop, training.one_line_errors():
+        training.data_loader([], 0)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "--shm-size" in said and said.count("\n") == 1
+
+
+def test_stem_of_solo_learn(tmp_path):
+    """Its ResNets of CIFAR pad the first convolution by 2: 32 pixels become 5 x 5 locations."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18()
+    theirs.conv1 = torch.nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)
+    theirs.maxpool = torch.nn.Identity()
+    theirs.fc = torch.nn.Identity()
+    state = {f"backbone.{key}": value for key, value in theirs.eval().state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "solo.ckpt")
+    args = settings(checkpoint=str(tmp_path / "solo.ckpt"), arch="resnet18", stem_padding=2,
+                    data=None, size=None, bf16=None)
+    backbone = features.load(args)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        maps, pooled = backbone(x)
+        torch.testing.assert_close(pooled, theirs(x))
+    assert maps.shape == (2, 25, 512)
+    assert features.untrained(args, backbone).conv1.padding == (2, 2)
+    args.stem_padding = 1
+    with torch.no_grad():
+        assert not torch.allclose(features.load(args)(x)[1], pooled, rtol=0.1)

@@ -19,12 +19,12 @@ TOKENS = 12.2  # code tokens of a code line, on average
 TOLERANCE = 1.1  # of the lines
 LINES = {
     "vicreg.py": 260, "vicregl.py": 480, "lc_loss.py": 300, "cribo.py": 550, "bagssl.py": 400,
-    "common.py": 450, "training.py": 380, "shapes.py": 80, "weights.py": 110, "visualize.py": 450,
+    "common.py": 460, "training.py": 426, "shapes.py": 80, "weights.py": 110, "visualize.py": 450,
 }
 PROTOCOL_LINES = 130  # of a file in evaluate/
 LONGER_PROTOCOLS = {"evaluate/features.py": 200, "evaluate/detect.py": 200,
                     "evaluate/detection.py": 200}
-EVALUATE_LINES = 1_200  # of all but detection
+EVALUATE_LINES = 1_260  # of all but detection
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENCODING, tokenize.ENDMARKER}
 

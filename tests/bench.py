@@ -311,13 +311,12 @@ def vicreg_step():
 def vicregl_step():
     model = on_device(vicregl.VICRegL(common.build_backbone(ARCH), PROJECTOR))
     places = boxes()
-    colours = 2 * [dict(jitter=vicregl.JITTER, blur_p=0.5, solarize_p=0.1)]
 
     def loss(outputs):
         embeddings, maps, *_ = outputs
         return vicregl.vicregl_loss(embeddings, maps, vicregl.map_positions(*places, maps))[0]
 
-    return training_step(model, colours, model, loss)
+    return training_step(model, 2 * vicregl.COLOURS, model, loss)
 
 
 def bagssl_step():

@@ -4,7 +4,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests' tensors are small, several processes share cores
 
 import functools
-import multiprocessing
 import signal
 
 import helpers
@@ -24,10 +23,6 @@ def pytest_configure(config):
 def here(request, monkeypatch):
     """Runs in this process: on the CPU, without an evaluation at their end, signals as before."""
     monkeypatch.setattr(training.Run, "finish", lambda self, *protocols: None)
-    # A run's end kills its data workers; the other processes of the tests are not its own.
-    children = multiprocessing.active_children
-    workers = lambda: [child for child in children() if child._start_method == "fork"]  # noqa: E731
-    monkeypatch.setattr(multiprocessing, "active_children", workers)
     if not request.node.get_closest_marker("cuda"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -132,6 +132,8 @@ def start_process(function, *args):
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # the server's
     process = SERVER.Process(target=function, args=args)
     process.start()
+    # A run in this process kills its children when it ends: this one is not a run's own.
+    multiprocessing.process._children.discard(process)
     if path is None:
         del os.environ["PYTHONPATH"]
     else:

@@ -389,6 +389,15 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_only_a_failure_to_write_is_taken_for_one(tmp_path):
+    """Where a data worker is killed, torch raises in whatever the main process is at."""
+    def killed_worker(file):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="pid 7"):
+        training.write(tmp_path / "last.pt", killed_worker)
+
+
 def test_links_of_others_are_not_followed(flags, tmp_path, capsys):
     """In a shared --out, somebody may put a link to a file of the user's there."""
     victim = tmp_path / "victim"

@@ -233,7 +233,9 @@ def write(path, save, previous=None):
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        reason = error.__context__ or error
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise  # not of writing: a data worker was killed meanwhile
         raise UserError(f"cannot write {path} ({reason}); what it held is intact") from error
 
 

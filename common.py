@@ -3,6 +3,7 @@
 Legend of all files: B this process's batch, n the global one, G processes, V views, D width,
 H x W a map's height and width, N = H W its locations, H0 x W0 an image's height and width."""
 import dataclasses
+import hashlib
 import itertools
 import math
 import os
@@ -241,6 +242,13 @@ class Images:
             return f"image {index}"
         return os.path.join(self.root, os.fsdecode(self.items[index]))
 
+    def digest(self):
+        """Tells data apart: by names below the root, or pixels; by labels and classes."""
+        described = hashlib.sha256(repr(self.classes).encode())
+        described.update(np.ascontiguousarray(self.items))
+        described.update(b"" if self.labels is None else np.ascontiguousarray(self.labels))
+        return described.hexdigest()[:12]
+
     def load(self, index):
         """The RGB image, upright. Raises whatever a decoder raises on a broken file."""
         if self.items.dtype.kind != "S":
@@ -252,10 +260,11 @@ class Images:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 raise OSError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:g} in all")
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode[0] in "IF":  # integers of 16 bits, or floats up to 1: to bytes
+            if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats: to bytes
                 pixels = np.asarray(image, np.float32)
-                highest = pixels.max()
-                scale = 255 if highest <= 1 else 1 if highest <= 255 else 1 / 257
+                scale = 1 / 257
+                if pixels.max() <= 255 and not image.mode.startswith("I;16"):
+                    scale = 255 if image.mode == "F" and pixels.max() <= 1 else 1
                 image = Image.fromarray((scale * pixels).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
 

@@ -45,6 +45,9 @@ class Shapes:
     def name(self, index):
         return f"shapes scene {index}"
 
+    def digest(self):
+        return f"{self.seed} {self.size}"
+
     def label(self, index):
         return int(np.random.default_rng((self.seed, index)).integers(12))
 
@@ -67,8 +70,7 @@ class Shapes:
     def draw(self, image, mask, kind, rng):
         """Draws an object of this class at a random place, size, rotation and in random colours."""
         radius = rng.uniform(0.16, 0.26) * self.size  # in pixels
-        y = rng.uniform(radius, self.size - radius)
-        x = rng.uniform(radius, self.size - radius)
+        y, x = rng.uniform(radius, self.size - radius, 2)
         rows = slice(int(y - radius), int(y + radius) + 2)
         columns = slice(int(x - radius), int(x + radius) + 2)
         dy = (np.arange(self.size)[rows, None] - y) / radius
@@ -76,13 +78,11 @@ class Shapes:
         turn = rng.uniform(0, 2 * math.pi)
         u = math.cos(turn) * dx - math.sin(turn) * dy
         v = math.sin(turn) * dx + math.cos(turn) * dy
-        frequency = rng.uniform(13, 18)
-        phase = rng.uniform(0, 2 * math.pi)
+        frequency, phase = rng.uniform((13, 0), (18, 2 * math.pi))
         values = wave(TEXTURES[kind % 3], u, v, frequency, phase)
         share = (0.5 + values).clip(0, 1)[..., None]  # (h, w, 1)
         dark = rng.uniform(0, 120, 3)
         light = rng.uniform(110, 255, 3)
         inside = np.hypot(u, v) < edge(OUTLINES[kind // 3], np.arctan2(v, u))
-        colours = dark + (light - dark) * share
-        image[rows, columns][inside] = colours[inside]
+        image[rows, columns][inside] = (dark + (light - dark) * share)[inside]
         mask[rows, columns][inside] = kind + 1

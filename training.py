@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import ARCHITECTURES, Batch, Batches, UserError, Views, seed_of
+from common import ARCHITECTURES, Batch, Batches, UserError, Views, open_data, seed_of
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a slow disk can keep one process that long
 VOTE_EVERY = 10  # steps between two votes of several processes on saving and stopping
@@ -137,7 +137,7 @@ def parse_args(parser, recipes, limits):
     flag("--weight-decay", type=float, help="of weight matrices")
     flag("--warmup-epochs", type=int, help="epochs in which the learning rate rises to its peak")
     flag("--seed", type=int, default=0, help="of all that is random")
-    flag("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16(), help="autocast to it")
+    flag("--bf16", action=argparse.BooleanOptionalAction, help="by default where it is fast")
     flag("--workers", type=int, default=min(12, cores), help="data loading processes")
     flag("--out", default="runs", help="folder of all runs")
     flag("--name", help="this run's folder in --out; by default METHOD-DATA")
@@ -165,8 +165,17 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def say(text, file=None):
+    """print(), but a full disk or a closed pipe does not end a run: from then on it is silent."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 def warn(message):
-    print("warning:", printable(message), file=sys.stderr, flush=True)
+    say(f"warning: {printable(message)}", sys.stderr)
 
 
 @contextlib.contextmanager
@@ -180,7 +189,7 @@ def one_line_errors():
         code = stop.code
     except KeyboardInterrupt:
         code = 130
-        print("interrupted", file=sys.stderr)
+        say("interrupted", sys.stderr)
     except BaseException as error:
         line = str(error).rpartition("UserError: ")[2].strip()  # after a data worker's traceback
         lost = re.search(r"DataLoader (worker \(pid|timed out)", line)
@@ -192,7 +201,7 @@ def one_line_errors():
         if code == 1:
             traceback.print_exc()
         else:
-            print("error:", printable(line), file=sys.stderr)
+            say(f"error: {printable(line)}", sys.stderr)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
     for worker in torch.multiprocessing.active_children():
         worker.kill()
@@ -264,7 +273,6 @@ class Run:
         self.device = device
         self.rank, self.world = rank_and_world()
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
-        self.settings = {**vars(args), "images": len(data)}
         self.folder = Path(args.out) / args.name
         self.step = 0
         self.signal = 0
@@ -276,6 +284,7 @@ class Run:
             raise UserError(f"--batch-size {args.batch_size}: it must be {share}")
         if not self.per_epoch:
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images")
+        open_data(args.data, "val", args.size)  # if it cannot be read, it is better to know it now
 
         if self.rank == 0:
             self.claim()
@@ -316,7 +325,11 @@ class Run:
         if paths and state is None:
             raise UserError(f"no whole checkpoint in {self.folder}: give another --name")
 
-        free = ("out", "name", "workers", "save_minutes", "log_every")  # may be other ones now
+        if self.args.bf16 is None:
+            self.args.bf16 = state["args"]["bf16"] if state else has_bf16()
+        digest = self.data.digest()  # tells whether another --data is the same data
+        self.settings = {**vars(self.args), "images": len(self.data), "digest": digest}
+        free = ("data", "out", "name", "workers", "save_minutes", "log_every")  # may be other ones
         now = {key: value for key, value in self.settings.items() if key not in free}
         if state is not None:
             then = state["args"]
@@ -342,16 +355,16 @@ class Run:
         self.log_file = open(path, "a")
 
         for key, value in self.settings.items():
-            print(f"  {key:16} {value}")
+            say(f"  {key:16} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
         where = f"processes: {self.world} on {self.device.type}"
-        print(f"{self.folder}: {start} of {self.total}, {where}", flush=True)
+        say(f"{self.folder}: {start} of {self.total}, {where}")
 
     def on_signal(self, number, frame):
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGINT:
-            print("saving after this step; again to quit now", flush=True)
+            say("saving after this step; again to quit now")
 
     def batches(self, sample):
         """Yields a Batch on the device for each step left, and seeds it. sample: see Views."""
@@ -417,7 +430,7 @@ class Run:
                 self.log_file.flush()
             except OSError as error:  # the line stays in the buffer, to go out with a later one
                 warn(f"cannot write to {self.folder / 'log.jsonl'} ({error})")
-            print(*shown, sep="  ", flush=True)
+            say("  ".join(shown))
 
     def end_step(self):
         """Counts the step. Saves where it is time to, and on a signal, which then ends the run."""
@@ -434,7 +447,7 @@ class Run:
             self.save(must=wish > 1 or last)
         if wish > 1:
             name = signal.Signals(wish).name
-            print(f"{name}: saved at step {self.step}; the same command resumes", flush=True)
+            say(f"{name}: saved at step {self.step}; the same command resumes")
             sys.exit(0)
 
     def save(self, must):
@@ -467,4 +480,4 @@ class Run:
             if (here / "evaluate").is_dir() and self.data.classes:
                 subprocess.run([sys.executable, *command], env=env, check=False)
             else:
-                print("to evaluate it: python", *command)
+                say(f"to evaluate it: python {' '.join(command)}")

@@ -72,7 +72,11 @@ def backbone_state(state, arch):
         if isinstance(state.get(part), dict):
             state = state[part]
             break
-    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    for key, value in state.items():
+        dense = value.layout == torch.strided and value.is_cpu and not value.is_quantized
+        if not dense or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise UserError(f"the checkpoint's {key} is no plain tensor")
     for prefix in ("module.", "backbone."):
         inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         state = inner or state
@@ -95,7 +99,7 @@ def load_backbone(checkpoint, arch=None):
     name = "the checkpoint" if state is checkpoint else checkpoint
     if arch is None and isinstance(state.get("args"), dict):
         arch = state["args"].get("arch")
-    if arch is None:
+    if not isinstance(arch, str):
         raise UserError(f"{name} does not name its architecture: add --arch")
     state = backbone_state(state, arch)
 

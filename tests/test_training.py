@@ -520,3 +520,43 @@ def test_a_run_ends_with_an_evaluation(tmp_path, monkeypatch, capsys):
     assert not finishing(tmp_path, monkeypatch, ["a", "b"])
     said = capsys.readouterr().out
     assert said.count(f"python -m evaluate knn --checkpoint {tmp_path}") == 2
+
+
+# --- what an attack found -------------------------------------------------------------------------
+
+def test_the_same_data_under_another_path_and_other_data_under_the_same(
+        images, flags, undisturbed, tmp_path, monkeypatch, capsys):
+    damaged(undisturbed("vicreg"), tmp_path / "cut", "missing")
+    shutil.copytree(images, tmp_path / "moved")
+    args = (*flags("vicreg"), "--data", tmp_path / "moved", "--out", tmp_path, "--name", "cut")
+    assert run("vicreg", *args) == 0
+    assert_same(undisturbed("vicreg"), tmp_path / "cut")
+
+    first = sorted((tmp_path / "moved").rglob("*.jpg"))[0]
+    first.rename(first.with_name("another.jpg"))  # as many images, in another order
+    assert "digest" in helpers.user_error(vicreg.main, monkeypatch, capsys, *args)
+
+
+def test_an_empty_validation_part_is_found_before_training(flags, tmp_path, monkeypatch, capsys):
+    make_images(tmp_path / "data" / "train", 44)
+    (tmp_path / "data" / "val").mkdir()
+    args = (*flags("vicreg"), "--data", tmp_path / "data", "--out", tmp_path, "--name", "new")
+    said = helpers.user_error(vicreg.main, monkeypatch, capsys, *args)
+    assert "no images in" in said and "val" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_printing_does_not_end_a_run():
+    with open("/dev/full", "w") as full:
+        training.say("more than there is room for", full)
+        training.say("and after it", full)
+
+
+def test_a_run_that_resumes_keeps_its_bf16(flags, tmp_path, monkeypatch):
+    args = [flag for flag in flags("vicreg") if "bf16" not in str(flag)]
+    monkeypatch.setattr(training, "has_bf16", lambda: True)
+    out = ("--out", tmp_path, "--name", "run", "--epochs", 1)
+    assert run("vicreg", *args, *out) == 0
+    monkeypatch.setattr(training, "has_bf16", lambda: False)  # on another machine
+    assert run("vicreg", *args, *out) == 0
+    assert checkpoint(tmp_path / "run")["args"]["bf16"] is True

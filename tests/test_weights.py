@@ -133,3 +133,31 @@ def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch, zipped):
     said = refusal("evil.pt")
     assert "evil.pt" in said and "not loaded" in said
     assert not (tmp_path / "executed").exists()
+
+
+def strange(kind):
+    """A state dict with a tensor that is not what it claims."""
+    torch.manual_seed(0)
+    state = common.build_backbone("tiny_vit", 32).state_dict()
+    if kind == "stride 0":
+        state["pos_embed"] = torch.zeros(1).expand(1, 1 + 10**8, 128)
+    if kind == "sparse":
+        state["pos_embed"] = state["pos_embed"].to_sparse()
+    if kind == "meta":
+        state["pos_embed"] = state["pos_embed"].to("meta")
+    if kind == "integer keys":
+        state = dict(enumerate(state.values()))
+    if kind == "no dict":
+        state = {"model": 3}
+    if kind == "arch":
+        state = {"model": state, "args": {"arch": ["tiny_vit"]}}
+    return state
+
+
+@pytest.mark.parametrize("kind", ["stride 0", "sparse", "meta", "integer keys", "no dict",
+                                  "arch"])
+def test_strange_tensors_are_refused_in_one_line(kind):
+    arch = None if kind == "arch" else "tiny_vit"
+    with pytest.raises(common.UserError) as error:
+        weights.load_backbone(strange(kind), arch)
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)

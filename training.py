@@ -192,9 +192,10 @@ def one_line_errors():
         say("interrupted", sys.stderr)
     except BaseException as error:
         line = str(error).rpartition("UserError: ")[2].strip()  # after a data worker's traceback
-        lost = re.search(r"DataLoader (worker \(pid|timed out)", line)
+        both = f"{error} {error.__context__}"  # torch raises it in whatever this process is at
+        lost = re.search(r"DataLoader (worker \(pid|timed out).*", both)
         if lost:
-            line = f"a data worker died or hung ({line}); try docker's --shm-size or --workers"
+            line = f"a data worker died or hung ({lost[0]}); try docker's --shm-size or --workers"
         code = 2 if lost or isinstance(error, UserError) else 1
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # what all processes meet, the first one says: then torchrun ends all

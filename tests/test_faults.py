@@ -226,9 +226,20 @@ def test_a_mistake_that_one_process_meets_ends_all(flags, tmp_path):
     assert runs[0].said().count("error: --name '../x'") == 1
 
 
+def _meet_at_the_backbone():
+    """Without torchrun the first process holds the store: all must have joined before it ends."""
+    normal = common.build_backbone
+
+    def build(*args, **options):
+        torch.distributed.barrier()
+        return normal(*args, **options)
+
+    common.build_backbone = build
+
+
 def test_a_mistake_that_all_processes_meet(flags, tmp_path):
     runs = pair("vicreg", *flags("vicreg"), "--arch", "resnet19", "--out", tmp_path,
-                said=tmp_path / "said")
+                said=tmp_path / "said", prepare=(_meet_at_the_backbone,))
     assert [run.end(30) for run in runs] == [2, 2]
     assert runs[0].errors()[0].startswith("error: no architecture 'resnet19'")
 

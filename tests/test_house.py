@@ -19,12 +19,15 @@ TOKENS = 12.2  # code tokens of a code line, on average
 TOLERANCE = 1.1  # of the lines
 LINES = {
     "vicreg.py": 260, "vicregl.py": 480, "lc_loss.py": 300, "cribo.py": 550, "bagssl.py": 400,
-    "common.py": 466, "training.py": 441, "shapes.py": 80, "weights.py": 113, "visualize.py": 450,
+    "common.py": 450, "training.py": 380, "shapes.py": 80, "weights.py": 110, "visualize.py": 450,
 }
+# What the design's budgets above are exceeded by, and may not be by more: to be paid back.
+OVER = {"common.py": 512, "training.py": 484, "weights.py": 124}
+EVALUATE_OVER = 1_386
 PROTOCOL_LINES = 130  # of a file in evaluate/
 LONGER_PROTOCOLS = {"evaluate/features.py": 200, "evaluate/detect.py": 200,
                     "evaluate/detection.py": 200}
-EVALUATE_LINES = 1_260  # of all but detection
+EVALUATE_LINES = 1_200  # of all but detection
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENCODING, tokenize.ENDMARKER}
 
@@ -74,13 +77,13 @@ def test_every_file_has_a_room():
 
 @pytest.mark.parametrize("name", PRODUCT)
 def test_lines(name):
-    assert count_lines(name) <= TOLERANCE * budget(name)
+    assert count_lines(name) <= max(TOLERANCE * budget(name), OVER.get(name, 0))
 
 
 def test_lines_of_all_of_evaluate():
     names = [name for name in PRODUCT if name.startswith("evaluate/") and "detect" not in name]
     counts = {name: count_lines(name) for name in names}
-    assert sum(counts.values()) <= TOLERANCE * EVALUATE_LINES, counts
+    assert sum(counts.values()) <= max(TOLERANCE * EVALUATE_LINES, EVALUATE_OVER), counts
 
 
 @pytest.mark.parametrize("name", PRODUCT)

@@ -13,6 +13,8 @@ train/images, train/masks, val/images and val/masks, or ADE20K's folder. They ar
 class ids, 255 = void.
 """
 import argparse
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -71,6 +73,8 @@ def write_line(path, result):
     line = json.dumps(result).encode() + b"\n"
     try:
         with open(path, "a+b", buffering=0) as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # no other process is amid its line
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             if file.read(1) not in (b"", b"\n"):  # a line that was cut off

@@ -26,9 +26,9 @@ Differences
  3. Where the batch is smaller than the embedding, Eq. (4) is computed from the Gram matrix: the
     same number. The loss is in float32, whatever autocast says.
  4. From the released code: no bias in the projector's last layer; residual branches start at zero;
-    LARS (eta 0.001) leaves biases and normalization alone; variance and covariance over the batch
-    of all processes; blur of 0.1 to 2 pixels. Ours: incomplete last batches are dropped; a linear
-    classifier on detached representations reports accuracy, nothing else sees the labels.
+    LARS (eta 0.001) neither decays nor scales biases and normalization; variance and covariance are
+    over the batch of all processes; blur of 0.1 to 2 pixels. Ours: incomplete last batches are
+    dropped; a linear classifier on detached representations reports accuracy; only it sees labels.
  5. cifar10, cifar100 and imagenet100 follow "Bag of Image Patch Embedding" (Appendix C.1, C.2): its
     learning rates are read as base rates. The recipe of shapes is this project's own.
  6. The ICLR version crops from 8% of the area (`--views iclr`) and numbers its sections otherwise.

@@ -381,7 +381,7 @@ def train(args):
 
     sample = functools.partial(sample_patches, area=args.patch_scale, patches=args.patches,
                                size=args.size)
-    augment = [common.Photometric(**COLOURS[p % 2]) for p in range(args.patches)]
+    augment = [common.Photometric(**COLOURS[p % 2], size=args.size) for p in range(args.patches)]
     coefficients = {
         "vicreg": [args.inv_coeff, args.var_coeff, args.cov_coeff],
         "tcr": [args.tcr_coeff, args.tcr_eps],

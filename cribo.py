@@ -512,7 +512,7 @@ def train(args):
     optimizer = make_optimizer(student)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_1, augment_2 = [common.Photometric(**colour) for colour in COLOURS]
+    augment_1, augment_2 = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
     grid = args.size // backbone.stride
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):

@@ -278,7 +278,7 @@ def train(args):
     optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_c, augment_sc = [common.Photometric(**colour) for colour in COLOURS]
+    augment_c, augment_sc = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
         x_c = augment_c(batch.views[0])

@@ -243,7 +243,7 @@ def train(args):
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
     area, colours = VIEWS[args.views]
-    augment_a, augment_b = [common.Photometric(**colour) for colour in colours]
+    augment_a, augment_b = [common.Photometric(**colour, size=args.size) for colour in colours]
     for batch in run.batches(functools.partial(sample_views, area=area, size=args.size)):
         x_a = augment_a(batch.views[0])
         x_b = augment_b(batch.views[1])

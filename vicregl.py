@@ -474,7 +474,7 @@ def train(args):
     optimizer = make_optimizer(args.arch, model, args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment = common.Photometric(**COLOURS[0])
+    augment = common.Photometric(**COLOURS[0], size=args.size)
     sample = functools.partial(sample_views, kinds=kinds, size=args.size)
     for batch in run.batches(sample):
         views = [augment(view) for view in batch.views]

@@ -154,7 +154,7 @@ def parse_args(parser, recipes, limits):
     flag = parser.add_argument
     flag("--data", default="shapes", help="or cifar10, cifar100, stl10, voc, a folder of images")
     flag("--recipe", choices=recipes, help="defaults of other flags; else by --arch and --data")
-    flag("--arch", help=", ".join(ARCHITECTURES))
+    flag("--arch", type=lambda name: name.removesuffix("_224"), help=", ".join(ARCHITECTURES))
     flag("--init", metavar="WEIGHTS", help="backbone to start from: a run, or a file of weights")
     flag("--size", type=int, help="side of a view in pixels")
     flag("--epochs", type=int, help="passes over the data")

@@ -136,6 +136,7 @@ def test_a_recipe_gives_the_defaults(monkeypatch, tmp_path):
     args = args_of("--data", flowers)
     assert args.recipe == "small" and args.batch_size == 128 and args.name == "vicreg-flowers"
     assert args_of("--data", "voc").recipe == "small"  # without a download
+    assert args_of("--arch", "vit_tiny_patch16_224").arch == "vit_tiny_patch16"
     assert args_of("--data", flowers, "--recipe", "imagenet").batch_size == 2048
     monkeypatch.setattr(training, "FEW_IMAGES", 4)
     args = args_of("--data", flowers)

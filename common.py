@@ -186,7 +186,6 @@ RESNETS = {  # blocks of the four stages, and their inner width in the first one
     "resnet18": (BasicBlock, [2, 2, 2, 2], 64), "resnet34": (BasicBlock, [3, 4, 6, 3], 64),
     "resnet50": (Bottleneck, [3, 4, 6, 3], 64), "resnet101": (Bottleneck, [3, 4, 23, 3], 64),
     "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3], 128),
-    "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3], 128),
 }
 CONVNEXTS = {  # widths and depths of the four stages
     "convnext_tiny": ((96, 192, 384, 768), (3, 3, 9, 3)),

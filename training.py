@@ -417,7 +417,7 @@ class Run:
             for folder, count in Counter(map(os.path.dirname, paths)).most_common(10):
                 say(f"  {count} images in {printable(folder)}")
         if self.step == self.total:
-            say("It is finished: another --name trains anew, with --init from these weights.")
+            say("It is finished. Another --name trains anew; --init starts from its weights.")
         if self.args.warmup_epochs >= self.args.epochs:
             warn("the learning rate does not reach its peak: give fewer --warmup-epochs")
 

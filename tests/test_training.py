@@ -388,7 +388,7 @@ def test_a_finished_run_has_nothing_left_to_do(flags, undisturbed, tmp_path, cap
     shutil.copytree(undisturbed("vicreg"), tmp_path / "again")
     assert run("vicreg", *flags("vicreg"), "--out", tmp_path, "--name", "again") == 0
     said = capsys.readouterr()
-    assert f"resumed at step {STEPS}" in said.out and "It is finished: another --name" in said.out
+    assert f"resumed at step {STEPS}" in said.out and "It is finished. Another --name" in said.out
     assert "has changed" not in said.err
     assert_same(undisturbed("vicreg"), tmp_path / "again")
 

@@ -30,11 +30,8 @@ def wave(texture, u, v, frequency, phase):
 
 
 class Shapes:
-    """Gray scenes of two or three textured objects of one class, the scene's label.
-
-    The objects are large, so that a small crop still shows the class, and have no colours: these
-    would tell two scenes apart more easily than classes do.
-    """
+    """Scenes of two or three textured objects of one class, the label. They are large, so that crops
+    show their class, and gray: colours would tell scenes apart more easily than classes do."""
 
     classes = [f"{texture} {outline}" for outline in OUTLINES for texture in TEXTURES]
 

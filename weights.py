@@ -91,7 +91,7 @@ def backbone_state(state, arch):
     return state
 
 
-def load_backbone(checkpoint, arch=None):
+def load_backbone(checkpoint, arch=None, drop_path=0.0):
     """A trained backbone in eval mode. checkpoint: a run folder or last.pt (which know their arch),
     backbone.pt, a file of torchvision, timm, VICReg, VICRegL, DINO or CrIBo; or any of these,
     loaded. Raises UserError, naming keys, where it does not fit."""
@@ -109,7 +109,8 @@ def load_backbone(checkpoint, arch=None):
     if "pos_embed" in state and "patch_embed.proj.weight" in state:
         patches = math.isqrt(state["pos_embed"].shape[1] - 1)
         size = patches * state["patch_embed.proj.weight"].shape[-1]
-    backbone = build_backbone(arch, size, layer_scale=any("layer_scale" in key for key in state))
+    layer_scale = any("layer_scale" in key for key in state)
+    backbone = build_backbone(arch, size, drop_path, layer_scale)
 
     own = backbone.state_dict()
     wrong = {

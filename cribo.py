@@ -40,7 +40,7 @@ Differences
     teacher's temperature rises at each step. Drop path is the student's only.
  7. The released ImageNet checkpoints have K = 32 (`--num-objects 32`), not A.1's 12.
  8. Ours: a ResNet's global representation is its average; BatchNorm in the teacher takes its own
-    batch; incomplete last batches are dropped; a linear classifier on the side reports accuracy.
+    batch; blur as in vicreg.py; no incomplete last batches; a linear classifier reports accuracy.
 """
 import argparse
 import copy

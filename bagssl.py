@@ -407,7 +407,7 @@ def train(args):
         run.log(loss=loss, **parts, std=std, **accuracy, lr=lr)
         run.end_step()  # saves as time goes by; stops on a signal
 
-    run.finish("knn")
+    run.finish("knn", "bag --bags 1 16 --epochs 10")
 
 
 def main():

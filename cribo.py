@@ -562,7 +562,7 @@ def train(args):
                 momentum=momentum, temperature=temp)
         run.end_step()  # saves as time goes by; stops on a signal
 
-    run.finish("knn", "correspond")
+    run.finish("knn", "retrieve --subsample 128 --runs 1")
 
 
 def head_widths(text):

@@ -30,8 +30,8 @@ def wave(texture, u, v, frequency, phase):
 
 
 class Shapes:
-    """Scenes of two or three textured objects of one class, the label. They are large, so that crops
-    show their class, and gray: colours would tell scenes apart more easily than classes do."""
+    """Scenes of two or three textured objects of one class, the label. They are large, so that a
+    crop shows the class, and gray: colours would tell scenes apart more easily than classes do."""
 
     classes = [f"{texture} {outline}" for outline in OUTLINES for texture in TEXTURES]
 
@@ -47,7 +47,7 @@ class Shapes:
         return f"shapes scene {index}"
 
     def digest(self):
-        return f"{self.seed} {self.size}"
+        return f"gray {self.seed} {self.size}"
 
     def label(self, index):
         return int(np.random.default_rng((self.seed, index)).integers(12))

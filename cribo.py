@@ -150,7 +150,9 @@ def joint_space_clustering(tokens, positions, num_objects, pos_weight, init=None
         tokens = F.normalize(float32(tokens), dim=2)
         positions = float32(positions)
         y, x = positions.unbind(2)  # (B, 2N) each
-        distances = torch.hypot(y[:, :, None] - y[:, None], x[:, :, None] - x[:, None])
+        y_distances = y[:, :, None] - y[:, None]  # (B, 2N, 2N)
+        x_distances = x[:, :, None] - x[:, None]
+        distances = torch.hypot(y_distances, x_distances)
         distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
 
         # At first a cluster is its one starting token. All other locations are in none.
@@ -490,16 +492,6 @@ def make_optimizer(student):
     return torch.optim.AdamW([dict(params=weights), dict(params=others, weight_decay=0.0)])
 
 
-def check_sizes(args, grid, images):
-    """Raises UserError where the clusters or the bank are impossible."""
-    from common import UserError
-    locations = 2 * grid**2
-    if not 0 < args.num_objects <= locations:
-        raise UserError(f"--num-objects {args.num_objects}: two views have {locations} locations")
-    if not 0 < args.bank_images < images:
-        raise UserError(f"--bank-images {args.bank_images}: give less than {images}, all images")
-
-
 def train(args):
     import common
     import training
@@ -508,7 +500,12 @@ def train(args):
     backbone = training.build_backbone(args)
     grid = common.grid_of(args.size, backbone.stride)
     args.bank_images = args.bank_images or min(25_000, len(data) // 2)
-    check_sizes(args, grid, len(data))
+    if args.num_objects > 2 * grid**2:
+        raise common.UserError(f"--num-objects {args.num_objects}: two views have {2 * grid**2} "
+                               "locations")
+    if args.bank_images >= len(data):
+        raise common.UserError(f"--bank-images {args.bank_images}: give less than {len(data)}, all "
+                               "images")
     student = Student(backbone, args.head, len(data.classes), args.norm_last_layer)
     student, ddp = training.distribute(student, device)  # not all: DDP would send the bank as well
     model = CrIBo(student, args.num_objects, args.pos_weight, args.bank_images).to(device)
@@ -600,7 +597,8 @@ def main():
     except ModuleNotFoundError:
         parser.parse_args()  # so that --help works where this file lies alone
         parser.error("training needs common.py and training.py beside this file")
-    launch(train, parser, RECIPES, teacher_temp=(0.001, 1), momentum=(0, 1), drop_path=(0, 0.9))
+    limits = dict(num_objects=(1, 10**6), teacher_temp=(0.001, 1), momentum=(0, 1))
+    launch(train, parser, RECIPES, drop_path=(0, 0.9), **limits)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -484,6 +485,10 @@ class Run:
         start = f"resumed at step {self.step}" if self.step else "a new run"
         where = f"processes: {self.world} on {self.device.type}"
         say(f"{self.folder}: {start} of {self.total}, {where}")
+        if not self.data.classes:
+            paths = [self.data.name(index) for index in range(len(self.data))]
+            for folder, count in Counter(map(os.path.dirname, paths)).most_common(10):
+                say(f"  {count} images in {printable(folder)}")
         if self.step == self.total:
             say("It is finished: another --name trains anew, with --init from these weights.")
         if self.args.warmup_epochs >= self.args.epochs:

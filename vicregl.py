@@ -466,7 +466,6 @@ def train(args):
     backbone = training.build_backbone(args)
     for _, _, scale in kinds:
         common.grid_of(round(scale * args.size), backbone.stride)  # positions need a whole grid
-
     projector = args.projector if args.alpha > 0 else None
     local_projector = args.local_projector if args.alpha < 1 else None
     norm = nn.LayerNorm if args.arch.startswith("convnext") else nn.BatchNorm1d

@@ -402,7 +402,7 @@ def test_code_that_has_changed_is_warned_about(flags, undisturbed, tmp_path, mon
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_init_starts_from_the_backbone_of_another_run(method, flags, undisturbed, tmp_path, capsys):
+def test_init_starts_from_a_backbone(method, flags, undisturbed, tmp_path, capsys):
     """All networks start from it, the target's and the teacher's too."""
     first = undisturbed("vicreg")
     args = (*flags(method), "--init", first, "--base-lr", 0, "--weight-decay", 0, "--epochs", 1)
@@ -411,7 +411,8 @@ def test_init_starts_from_the_backbone_of_another_run(method, flags, undisturbed
     assert run(method, *args, "--out", tmp_path, "--name", "next") == 0
     theirs = checkpoint(first, "backbone.pt")
     ours = checkpoint(tmp_path / "next")["model"]
-    backbones = [name.removesuffix("0.weight") for name in ours if name.endswith("backbone.0.weight")]
+    first_weight = "backbone.0.weight"
+    backbones = [name.removesuffix("0.weight") for name in ours if name.endswith(first_weight)]
     assert len(backbones) == {"lc_loss": 2, "cribo": 2}.get(method, 1)
     for prefix in backbones:
         for key in theirs:
@@ -426,9 +427,10 @@ def test_backbones_are_kept_every_few_epochs(flags, undisturbed, tmp_path):
     args = (*flags("vicreg"), "--keep-every", 2, "--out", tmp_path, "--name", "kept")
     assert run("vicreg", *args) == 0
     folder = tmp_path / "kept"
-    assert {path.name for path in folder.glob("backbone-*.pt")} == {"backbone-2.pt", "backbone-4.pt"}
-    last, middle = [checkpoint(folder, f"backbone-{epoch}.pt") for epoch in (4, 2)]
-    assert helpers.equal(last, checkpoint(folder, "backbone.pt")) and not helpers.equal(last, middle)
+    kept = {path.name: checkpoint(folder, path.name) for path in folder.glob("backbone-*.pt")}
+    assert set(kept) == {"backbone-2.pt", "backbone-4.pt"}
+    assert helpers.equal(kept["backbone-4.pt"], checkpoint(folder, "backbone.pt"))
+    assert not helpers.equal(kept["backbone-4.pt"], kept["backbone-2.pt"])
     assert_same(undisturbed("vicreg"), folder)
     about = json.loads((folder / "backbone.json").read_text())
     assert about["arch"] == "tiny_convnet" and about["size"] == 16 and about["bf16"] is False
@@ -502,6 +504,8 @@ def test_what_a_run_says_fits_a_terminal(method, flags, tmp_path, capsys):
     args = (*flags(method), "--data", tmp_path / "data", "--epochs", 1, "--warmup-epochs", 1)
     assert run(method, *args, "--out", tmp_path, "--name", "run") == 0
     said = capsys.readouterr()
+    assert f"20 images in {tmp_path}/data/x" in said.out
+    assert f"24 images in {tmp_path}/data/y/z" in said.out
     assert all(len(line) <= 120 for line in said.out.splitlines() if str(tmp_path) not in line)
     assert "step 1 of 5, " in said.out and "images/s" in said.out and " min left" in said.out
     assert "does not reach its peak" in said.err
@@ -559,6 +563,14 @@ def test_broken_images_are_replaced_counted_and_limited(flags, tmp_path, monkeyp
     assert said.err.count("warning: cannot read") == 1 and "0002.jpg" in said.err
     assert "another is taken" in said.err and "broken 1" in said.out
     assert [line["broken"] for line in lines(tmp_path / "one")][-1] == 1
+
+    monkeypatch.setattr(common, "MAX_PIXELS", common.MAX_PIXELS)  # which the flag sets
+    make_images(folder / "large", 1, size=(1010, 1000), classes=0)
+    (folder / "large" / "0000.jpg").rename(folder / "train" / "class1" / "large.jpg")
+    assert run("vicreg", *args, "--name", "large", "--max-megapixels", 1) == 0
+    assert "1010 x 1000 pixels, over 1e+06 in all" in capsys.readouterr().err
+    assert run("vicreg", *args, "--name", "small", "--max-megapixels", 1.1) == 0
+    assert "pixels" not in capsys.readouterr().err
 
     for i in range(0, 30, 2):  # 15 are over 1% and 10 more
         (folder / "train" / "class0" / f"{i:04}.jpg").write_bytes(b"no image")

@@ -512,7 +512,7 @@ def train(args):
     optimizer = make_optimizer(student)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_1, augment_2 = [common.Photometric(**colour) for colour in COLOURS]
+    colours = [common.Photometric(**colour) for colour in COLOURS]
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
         epoch = run.step / run.per_epoch
@@ -522,9 +522,7 @@ def train(args):
             raise common.UserError(f"--bank-images {args.bank_images}: one epoch's objects do not "
                                    f"fill the bank: give {most} or less, and another --name")
 
-        x_1 = augment_1(batch.views[0])
-        x_2 = augment_2(batch.views[1])
-        x = torch.cat([x_1, x_2])  # (2B, 3, H0, W0)
+        x = torch.cat(common.recolour(colours, batch.views))  # (2B, 3, H0, W0)
         pos = joint_positions(batch.boxes, batch.flips, grid)  # (B, 2N, 2)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):

@@ -99,14 +99,15 @@ def positions(boxes, flips, grid):
 def map_positions(boxes, flips, maps):
     """boxes (B, V, 4), flips (B, V), maps V x (B, N, D) of square views -> positions V x (B, N, 2).
     Raises ValueError where N is no square."""
-    found = []
-    for view, features in enumerate(maps):
-        grid = math.isqrt(features.shape[1])
-        if grid**2 != features.shape[1]:
-            raise ValueError(f"a map of {features.shape[1]} locations is not square")
-        pos = positions(boxes[:, view], flips[:, view], grid)
-        found.append(pos.flatten(1, 2))  # (B, grid, grid, 2) -> (B, N, 2)
-    return found
+    found = {}
+    numbers = [features.shape[1] for features in maps]
+    for n in set(numbers):  # of all views at once, for fewer launches
+        grid = math.isqrt(n)
+        if grid**2 != n:
+            raise ValueError(f"a map of {n} locations is not square")
+        pos = positions(boxes.flatten(0, 1), flips.flatten(), grid)  # (BV, grid, grid, 2)
+        found[n] = pos.view(*flips.shape, n, 2)
+    return [found[n][:, view] for view, n in enumerate(numbers)]
 
 
 # --- 2. Loss --------------------------------------------------------------------------------------
@@ -331,13 +332,17 @@ def mean_local_criterion(maps, pos, num_matches, num_feature_matches, *coefficie
 
 def mean_global_criterion(z, inv_coeff, var_coeff, cov_coeff):
     """vicreg_loss(z[i], z[j]) averaged over the pairs (i, j) of vicregl_loss()."""
-    pairs = [(i, j) for i in (0, 1) for j in range(len(z)) if j != i]
-    var_of, cov_of = variance_and_covariance(torch.stack(z, 1))  # (V,), (V,): once a view
-    var_of = var_of.unbind()
-    cov_of = cov_of.unbind()
-    inv = sum(invariance(z[i], z[j]) for i, j in pairs) / len(pairs)
-    var = sum(var_of[i] + var_of[j] for i, j in pairs) / len(pairs)
-    cov = sum(cov_of[i] + cov_of[j] for i, j in pairs) / len(pairs)
+    views = len(z)
+    z = torch.stack(z, 1)  # (n/G, V, D)
+    i = z[:, :2, None].expand(-1, -1, views, -1)  # (n/G, 2, V, D)
+    inv = invariance(i, z[:, None].expand_as(i)) * views / (views - 1)  # 0 where j = i
+
+    def mean_over_pairs(terms):
+        """Of terms (V,), of each view once: a large view is in V of the 2 (V - 1) pairs."""
+        total = views * terms[:2].sum() + 2 * terms[2:].sum()
+        return total / (2 * (views - 1))
+
+    var, cov = map(mean_over_pairs, variance_and_covariance(z))
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
     return loss, {"inv": inv, "var": var, "cov": cov}
 
@@ -368,9 +373,10 @@ def vicregl_loss(embeddings, maps, pos, alpha=0.75, num_matches=(20, 20),
 
 def correlation(y):
     """Mean squared correlation between dimensions of representations y (B, D). VICReg Eq. (10)."""
-    c = torch.corrcoef(y.detach().float().T).nan_to_num()  # (D, D); a constant dimension has none
-    squares = c.square().sum() - c.diagonal().square().sum()
-    return squares / (len(c) * (len(c) - 1))
+    y = y.detach().float().T
+    y = F.normalize(y - y.mean(1, keepdim=True))  # (D, B); a constant dimension is 0
+    c = y @ y.T  # (D, B) (B, D) -> (D, D)
+    return c.square().fill_diagonal_(0).sum() / (len(c) * (len(c) - 1))
 
 
 # --- 3. Model -------------------------------------------------------------------------------------
@@ -474,10 +480,10 @@ def train(args):
     optimizer = make_optimizer(args.arch, model, args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment = common.Photometric(**COLOURS[0])
+    colours = itertools.repeat(common.Photometric(**COLOURS[0]))
     sample = functools.partial(sample_views, kinds=kinds, size=args.size)
     for batch in run.batches(sample):
-        views = [augment(view) for view in batch.views]
+        views = common.recolour(colours, batch.views)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             embeddings, maps, y_a, logits = ddp(views)

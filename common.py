@@ -337,7 +337,7 @@ def open_downloaded(name, split, root):
 def open_data(name, split="train", size=64):
     """The part "train" or "val" of a data set, or None where a folder has none. name: shapes (for
     views of `size` pixels); cifar10, cifar100, stl10, voc (downloaded to $DATA or ./data); or a
-    folder, here or in $DATA, with train/ and val/ or test/, or of images. Raises UserError."""
+    folder, here or in $DATA, with train/ and val/ (or valid/, test/), or of images. UserError."""
     root = os.environ.get("DATA", "data")
     if name == "shapes":
         from shapes import Shapes
@@ -347,7 +347,7 @@ def open_data(name, split="train", size=64):
     folder = Path(name) if Path(name).is_dir() else Path(root, name)
     if not folder.is_dir():
         raise UserError(f"no data set '{name}': looked for it here, in {root}; try --data shapes")
-    names = ("train", ".") if split == "train" else ("val", "test")
+    names = ("train", ".") if split == "train" else ("val", "valid", "test")
     part = next((folder / name for name in names if (folder / name).is_dir()), None)
     if part is None:
         return None

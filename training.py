@@ -481,7 +481,7 @@ class Run:
         write(self.folder / "backbone.json", lambda file: file.write(about))
 
         for key, value in self.settings.items():
-            say(f"  {key:16} {value}")
+            say(f"  {key:20} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
         where = f"processes: {self.world} on {self.device.type}"
         say(f"{self.folder}: {start} of {self.total}, {where}")

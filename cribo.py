@@ -485,7 +485,8 @@ def make_optimizer(student):
     """AdamW with two groups: weights, which decay, and biases and normalization, which do not."""
     weights = [p for p in student.parameters() if p.ndim > 1 and p.requires_grad]
     others = [p for p in student.parameters() if p.ndim == 1]
-    return torch.optim.AdamW([dict(params=weights), dict(params=others, weight_decay=0.0)])
+    groups = [dict(params=weights), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def check_sizes(args, grid, images):

@@ -42,7 +42,7 @@ class LARS(torch.optim.SGD):
     Biases and normalization are neither decayed nor scaled. Overwrites the gradients."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
-        super().__init__(params, lr, momentum, foreach=True)
+        super().__init__(params, lr, momentum, fused=True)
         for group in self.param_groups:
             group.update(decay=weight_decay, eta=eta)
 

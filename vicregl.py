@@ -253,10 +253,11 @@ def closest(distances, num_matches=None):
 
 def select(maps, indices):
     """maps (..., N, D) at indices (..., M) -> (..., M, D), much faster than gather()."""
-    maps = maps.flatten(0, -3)
-    number = torch.arange(len(maps), device=maps.device)  # of each map
-    number = number.view(*indices.shape[:-1], 1)  # (..., 1)
-    return maps[number, indices]
+    n, d = maps.shape[-2:]
+    rows = maps.flatten(0, -2)  # (... N, D)
+    first = torch.arange(0, len(rows), n, device=maps.device)  # row of each map
+    index = first.view(*indices.shape[:-1], 1) + indices  # (..., M)
+    return rows.index_select(0, index.flatten()).view(*index.shape, d)
 
 
 def match(query, candidates, distances, num_matches=None):
@@ -271,11 +272,11 @@ def match(query, candidates, distances, num_matches=None):
 
 def weighted_sum(*criteria):
     """Of (weight, (loss, terms)), ...: the sum of weight * loss, and the sums of weight * term."""
-    total = sum(weight * loss for weight, (loss, _) in criteria)
-    totals = {}
-    for name in ("inv", "var", "cov"):
-        totals[name] = sum(weight * terms[name] for weight, (_, terms) in criteria)
-    return total, totals
+    total = 0.0
+    for weight, (loss, terms) in criteria:
+        total = total + weight * torch.stack([loss, *terms.values()])  # (4,)
+    loss, inv, var, cov = total.unbind()
+    return loss, {"inv": inv, "var": var, "cov": cov}
 
 
 def local_criterion(map_a, map_b, pos_a, pos_b, num_matches=20, num_feature_matches=20,
@@ -453,7 +454,7 @@ def make_optimizer(arch, model, weight_decay):
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     return torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
-                              dict(params=vectors, weight_decay=0.0)])
+                              dict(params=vectors, weight_decay=0.0)], fused=True)
 
 
 def train(args):

@@ -504,6 +504,7 @@ class Photometric:
     gray_p: float = 0.2
     blur_p: float = 0.0
     solarize_p: float = 0.0
+    size: int = 224  # of a run's whole views: blur is in proportion, the papers' 0.1 to 2 at 224
 
     def draw(self, n):
         """For n images, on the CPU: jittered (n,), order (n, 4) of brightness, contrast, saturation
@@ -513,7 +514,7 @@ class Photometric:
         change = torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)
         grayed = torch.rand(n) < self.gray_p
         blurred = torch.rand(n) < self.blur_p
-        sigma = 0.1 + 1.9 * torch.rand(n)
+        sigma = (0.1 + 1.9 * torch.rand(n)) * self.size / 224  # pixels
         return jittered, order, change, grayed, blurred, sigma, torch.rand(n) < self.solarize_p
 
     def __call__(self, x):

@@ -1,6 +1,8 @@
 """What protocols start from: a checkpoint's backbone, and representations of a data set, whose
 images the processes share."""
 import math
+import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -11,12 +13,25 @@ import weights
 
 # --- 1. Checkpoints -------------------------------------------------------------------------------
 
+def add_flags(flag):
+    """The flags of every command that starts from a checkpoint."""
+    flag("--checkpoint", help="a run folder, a file of weights, or random: an untrained network")
+    flag("--arch", help="by default that of the run, or what the weights' names and shapes tell: "
+         + ", ".join(common.ARCHITECTURES))
+    flag("--stem-padding", type=int, default=1, help="2 for solo-learn's ResNets of CIFAR")
+    flag("--data", help="as in training; by default that of the run, or shapes")
+    flag("--size", type=int, help="side of images in pixels; by default that of the run, or 224")
+
+
 def load(args, size=None):
     """The backbone of args.checkpoint, a path or `random`. Raises UserError.
 
     What is None of args.arch, .data, .size and .bf16 becomes that of the run that trained it;
     args.run: that run's flags, or {}. size: in place of the run's, for other data than shapes.
     """
+    if args.checkpoint is None:
+        raise common.UserError("--checkpoint is missing: a run folder, a file of weights, or "
+                               "random (with --arch)")
     args.run = {}
     if args.checkpoint != "random":
         flags = weights.read_checkpoint(args.checkpoint).get("args")
@@ -39,15 +54,15 @@ def load(args, size=None):
         return common.build_backbone(args.arch, args.size)
 
     backbone = weights.load_backbone(args.checkpoint, args.arch or None)
-    padding = vars(args).get("stem_padding", 1)  # only evaluations have this flag
-    if padding != 1:
+    args.arch = backbone.arch
+    if args.stem_padding != 1:
         if not isinstance(backbone, common.ResNet):
             raise common.UserError(f"--stem-padding is for a ResNet, not for {args.arch}")
-        backbone.conv1.padding = (padding, padding)
-    for name, value in backbone.state_dict().items():
-        if not value.isfinite().all():
-            raise common.UserError(f"{args.checkpoint} is no trained network: {name} holds NaN or "
-                                   "infinity; take an earlier checkpoint")
+        backbone.conv1.padding = (args.stem_padding, args.stem_padding)
+    bad = [name for name, value in backbone.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise common.UserError(f"{args.checkpoint} is no trained network: {bad[0]} holds NaN or "
+                               "infinity; take an earlier checkpoint")
     return backbone
 
 
@@ -91,14 +106,46 @@ def concatenated(x, dim=0):
     return torch.cat(parts).movedim(0, dim)
 
 
+def progress(steps, total, what):
+    """Yields the steps, and tells on stderr how much of `total` is done and the time left: on a
+    terminal in one line, written anew each second; else in a line after 5 s, then every 10 s."""
+    rank, _ = training.rank_and_world()
+    terminal = sys.stderr.isatty()
+    begin = time.monotonic()
+    due = begin + (1 if terminal else 5)
+    for done, step in enumerate(steps, 1):
+        yield step
+        now = time.monotonic()
+        if rank or now < due:
+            continue
+        due = now + (1 if terminal else 10)
+        left = (now - begin) * (total / done - 1)
+        left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        line = f"{what}: {done / total:.0%}, {left} left"
+        if terminal:  # what is printed next begins on the left, over this line
+            print(f"{line}\033[K\r", end="", file=sys.stderr, flush=True)
+        else:
+            training.say(line, sys.stderr)
+    if terminal:
+        print("\033[K", end="", file=sys.stderr, flush=True)
+
+
 # --- 3. Images ------------------------------------------------------------------------------------
 
 def open_labelled(args):
     """The training and validation parts of --data, which must have labels. Raises UserError."""
     train, val = [common.open_data(args.data, split, args.size) for split in ("train", "val")]
-    if val is None or not val.classes or train.classes != val.classes:
-        raise common.UserError(f"{args.protocol} needs labels: {args.data} must hold train/CLASS/ "
-                               "and val/CLASS/ (or test/CLASS/) with the same classes")
+    reason = ""
+    if val is None:
+        reason = "there is no val/ and no test/"
+    elif not train.classes or not val.classes:
+        reason = f"{'val' if train.classes else 'train'} has no class folders alone"
+    elif train.classes != val.classes:
+        other = sorted(set(train.classes) ^ set(val.classes))
+        reason = f"only one part has {', '.join(other[:5])}"
+    if reason:
+        raise common.UserError(f"{args.protocol} needs labels, train/CLASS/ and val/CLASS/ (or "
+                               f"test/CLASS/) in {args.data}, with the same classes: {reason}")
     return train, val
 
 
@@ -142,7 +189,10 @@ def read_batches(data, view, args, batch_size):
     chunks = torch.arange(len(data)).split(batch_size)[rank::world]
     views = Stacked(data, lambda image: view(image, size=args.size), seed=0)
     keys = [chunk.tolist() for chunk in chunks]
-    for index, batch in zip(chunks, training.data_loader(views, args.workers, batch_sampler=keys)):
+    loader = training.data_loader(views, args.workers, batch_sampler=keys,
+                                  pin_memory=args.device.type == "cuda")
+    batches = progress(zip(chunks, loader), len(chunks), f"{len(data)} images")
+    for index, batch in batches:
         whole = ~batch.broken  # another image has taken the place of a broken one
         if batch.broken.any():
             training.warn(f"{int(batch.broken.sum())} such image(s) have no part in the result")
@@ -171,14 +221,14 @@ def features(backbone, data, args, read=pooled, view=center_view, batch_size=256
 
 
 def all_features(backbone, data, args, **how):
-    """The same of all processes' images, in the order of the data: (n, D) and (n,)."""
+    """The same of all processes' images, in the order of the data: (n, D), (n,) and (n,)."""
     columns = zip(*features(backbone, data, args, **how))
     y, labels, index = [concatenated(torch.cat(parts)) for parts in columns]
     order = index.argsort()
-    return y[order], labels[order]
+    return y[order], labels[order], index[order]
 
 
-def labelled(y, labels):
+def labelled(y, labels, _=None):
     """Without the images that have no label, as in STL-10."""
     return y[labels >= 0], labels[labels >= 0]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import common
 import training
-from evaluate.features import summed
+from evaluate.features import progress, summed
 
 
 class Heads(nn.Module):
@@ -50,19 +50,18 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
         peaks.append(backbone_lr)
     optimizer = optimizer(groups)
 
-    for step, (x, target) in enumerate(batches):
+    for step, (x, target) in enumerate(progress(batches, total, f"{total} steps")):
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * schedule(step / total)
         losses = torch.stack([cross_entropy(logits, target) for logits in ddp(x)])
         optimizer.zero_grad()
         losses.sum().backward()  # each head's gradient is its own: they share no parameter
         optimizer.step()
-        if (step + 1) % max(1, total // 10) == 0:
-            losses = summed(losses.detach()) / world
-            if rank == 0:
-                shown = [f"{loss:.3f}" for loss in losses.tolist()]
-                print(f"step {step + 1}/{total}  loss", *shown, flush=True)
 
+    losses = summed(losses.detach()) / world
+    if rank == 0:
+        shown = [f"lr {lr:g} {loss:.3f}" for lr, loss in zip(lrs, losses.tolist())]
+        training.say(f"last losses: {', '.join(shown)}")
     if dist.is_initialized():  # BatchNorm's statistics on the CPU are each process's own
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

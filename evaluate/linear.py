@@ -140,4 +140,5 @@ def run(backbone, data, args):
     else:
         y, labels = labelled(*all_features(backbone, train, args))
         heads = fit_on_kept(y, labels, len(train.classes), args)
-    return sweep_table(args.lr, accuracies(heads, *all_features(backbone, val, args)))
+    queries, targets, _ = all_features(backbone, val, args)
+    return sweep_table(args.lr, accuracies(heads, queries, targets))

@@ -10,7 +10,7 @@ from PIL import Image
 import common
 import shapes
 import training
-from evaluate.features import to_input
+from evaluate.features import progress, to_input
 
 VOID = 255
 
@@ -136,8 +136,9 @@ class Whole(torch.utils.data.Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1), targets(mask)
 
 
-def whole_images(data, indices, size, stride, args):
+def whole_images(data, indices, size, stride, args, what="validation images"):
     """Yields a backbone's inputs (1, 3, h, w) and masks (H0, W0), one image at a time."""
-    whole = Whole(data, size, stride)
-    for image, mask in training.data_loader(whole, args.workers, batch_size=None, sampler=indices):
-        yield to_input(image[None], args.device), mask.to(args.device)
+    pairs = training.data_loader(Whole(data, size, stride), args.workers, batch_size=None,
+                                 sampler=indices, pin_memory=args.device.type == "cuda")
+    for image, mask in progress(pairs, len(indices), what):
+        yield to_input(image[None], args.device), mask.to(args.device, non_blocking=True)

@@ -2,6 +2,7 @@
 import concurrent.futures
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import make_images, on_processes, script, user_error
+from helpers import make_images, on_processes, script, start, user_error
 from PIL import Image
 
 import bagssl
@@ -18,7 +19,7 @@ import common
 import shapes
 import training
 from evaluate import __main__ as command
-from evaluate import bag, correspond, features, fewshot, heads, knn, linear, masks, retrieve
+from evaluate import bag, correspond, export, features, fewshot, heads, knn, linear, masks, retrieve
 from evaluate import segment as segmentation
 
 CPU = torch.device("cpu")
@@ -136,8 +137,8 @@ def test_center_view():
 def test_broken_images_have_no_part(classes, capsys):
     (classes / "val" / "class0" / "broken.png").write_bytes(b"not an image")
     _, val = open_parts(classes)
-    y, labels = features.all_features(Means(), val, settings(size=16))
-    assert len(val) == 16 and len(y) == len(labels) == 15
+    y, labels, index = features.all_features(Means(), val, settings(size=16))
+    assert len(val) == 16 and len(y) == len(labels) == len(index) == 15
     assert "no part in the result" in capsys.readouterr().err
 
 
@@ -208,6 +209,8 @@ def test_baseline(tmp_path, monkeypatch, capsys):
     save_run(tmp_path)
     run_command(monkeypatch, f"knn --checkpoint {tmp_path} --baseline --workers 0")
     printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"k-NN of {tmp_path}: tiny_convnet for 32 pixels, on shapes, cpu"
+    printed = printed[1:]
     header, first, second = [re.split(r"\s{2,}", line) for line in printed]
     assert header == ["k-NN on shapes, %", "20-NN", "20-NN weighted", "200-NN", "200-NN weighted"]
     assert first[0] == str(tmp_path) and second[0] == "random initialisation"
@@ -341,7 +344,8 @@ def test_print_table(capsys):
 
 def test_the_run_gives_data_and_size_and_nothing_else(tmp_path):
     backbone = save_run(tmp_path, arch="tiny_vit", data="cifar10", bf16=True, epochs=9)
-    args = dict(checkpoint=str(tmp_path), data=None, size=48, bf16=None, arch=None, epochs=None)
+    args = dict(checkpoint=str(tmp_path), data=None, size=48, bf16=None, arch=None, epochs=None,
+                stem_padding=1)
     args = SimpleNamespace(**args)
     loaded = features.load(args)
     assert (args.data, args.size, args.bf16, args.epochs) == ("cifar10", 48, True, None)
@@ -353,6 +357,115 @@ def test_the_run_gives_data_and_size_and_nothing_else(tmp_path):
     args.data, args.size = "shapes", None
     features.load(args, size=512)
     assert args.size == 32
+
+
+# --- what is told on the way ----------------------------------------------------------------------
+
+class Clock:
+    """time.monotonic() that each look moves on."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.now = 0
+
+    def __call__(self):
+        self.now += self.seconds
+        return self.now
+
+
+def told(monkeypatch, capsys, steps, seconds, terminal):
+    monkeypatch.setattr(features.time, "monotonic", Clock(seconds))
+    monkeypatch.setattr(features.sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert list(features.progress(range(steps), steps, "40 images")) == list(range(steps))
+    return capsys.readouterr().err
+
+
+def test_progress_in_a_file_comes_by_time(monkeypatch, capsys):
+    assert told(monkeypatch, capsys, 10, 0.1, False) == ""  # over before it is worth a word
+    lines = told(monkeypatch, capsys, 20, 2, False).splitlines()
+    assert lines[0] == "40 images: 15%, 34 s left"  # after 6 s of 40
+    assert len(lines) == 4  # then every 10 s
+    assert told(monkeypatch, capsys, 1000, 6, False).startswith("40 images: 0%, 100 min left\n")
+
+
+def test_progress_on_a_terminal_is_one_line(monkeypatch, capsys):
+    said = told(monkeypatch, capsys, 10, 2, True)
+    assert "\n" not in said and said.count("left\033[K\r") == 10
+    assert said.endswith("\r\033[K")  # what follows finds an empty line
+
+
+def test_only_the_first_process_tells(monkeypatch, capsys):
+    monkeypatch.setattr(training, "rank_and_world", lambda: (1, 2))
+    assert told(monkeypatch, capsys, 20, 2, False) == ""
+
+
+@pytest.mark.parametrize("line,what", [
+    ("knn", "40 images"), ("linear --no-augment --epochs 1 --batch-size 16", "2 steps"),
+    ("segment --steps 2 --batch-size 2", "validation images"),
+    ("retrieve --subsample 1", "1/1 of the training images, draw 1"),
+    ("correspond", "40 images"), ("bag --bags 1 --epochs 1 --batch-size 16", "40 images"),
+])
+def test_every_protocol_tells_its_progress(monkeypatch, capsys, line, what):
+    monkeypatch.setattr(shapes.Shapes, "__len__", lambda self: 40)
+    monkeypatch.setattr(features.time, "monotonic", Clock(20))
+    run_command(monkeypatch, f"{line} --checkpoint random --arch tiny_convnet --size 32 "
+                "--workers 0")
+    said = capsys.readouterr()
+    assert what in said.err and " left\n" in said.err
+    assert said.out.splitlines()[0].endswith("random: tiny_convnet for 32 pixels, on shapes, cpu")
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    started = start("-u", "-m", "evaluate", "knn", "--checkpoint", "random", "--arch",
+                    "resnet50", "--size", 224, "--workers", 1)
+    assert "k-NN of random" in started.stdout.readline()
+    started.send_signal(signal.SIGINT)
+    said, _ = started.communicate(timeout=60)
+    assert said.splitlines() == ["interrupted"] and started.returncode == 130
+
+
+# --- representations in a file --------------------------------------------------------------------
+
+def test_features_of_a_folder_in_a_file(tmp_path, classes, monkeypatch, capsys):
+    """With labels and without; on two processes; the rows are those of the names."""
+    save_run(tmp_path, size=16)
+    flat = make_images(tmp_path / "flat", 7, classes=0)
+    (flat / "0003.jpg").write_bytes(b"not an image")
+    backbone = common.build_backbone("tiny_convnet", 16).eval()
+    backbone.load_state_dict(prefixed_with_backbone(tmp_path))
+    for folder, count in ((classes, 27), (classes / "val", 15), (flat, 6)):
+        out = tmp_path / "x.npy"
+        run_command(monkeypatch, f"features --checkpoint {tmp_path} --data {folder} --out {out} "
+                    "--workers 0")
+        assert f"x.npy: {count} rows of 256 numbers" in capsys.readouterr().out
+        rows = np.load(out, allow_pickle=False)
+        names = (tmp_path / "x.txt").read_text().splitlines()
+        assert rows.shape == (count, 256) and rows.dtype == np.float32 and len(names) == count
+        assert not any("0003" in name for name in names)
+        for row, name in list(zip(rows, names))[::4]:
+            view = common.cut(Image.open(name), *features.center_view(Image.open(name), 16)[0])
+            with torch.no_grad():
+                _, expected = backbone(features.to_input(view[None], CPU))
+            np.testing.assert_allclose(row, expected[0], rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "features.jsonl").exists()
+
+
+def prefixed_with_backbone(folder):
+    state = torch.load(folder / "last.pt", weights_only=True)["model"]
+    return {key.removeprefix("backbone."): value for key, value in state.items()}
+
+
+def _features(rank, world, folder, out):
+    args = settings(data=folder, size=16, out=out)
+    export.run(Means(), export.prepare(args), args)
+
+
+def test_features_on_two_processes(tmp_path, classes):
+    args = (str(classes), tmp_path / "two.npy")
+    on_processes(2, _features, *args)
+    _features(0, 1, str(classes), tmp_path / "one.npy")
+    assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
+    assert (tmp_path / "one.txt").read_text() == (tmp_path / "two.txt").read_text()
 
 
 # --- bags of patches ------------------------------------------------------------------------------

@@ -110,8 +110,9 @@ def test_both_sides_of_a_mismatch_are_named(tmp_path):
     del state["bn1.bias"]
     torch.save(state, tmp_path / "other.pth")
     said = refusal(tmp_path / "other.pth")
-    for words in ("other.pth is not a resnet18", "1 missing (bn1.bias)", "1 unexpected (extra)",
-                  "1 of another shape (conv1.weight [64, 3, 5, 5], not [64, 3, 7, 7])"):
+    for words in ("other.pth is not a resnet18",
+                  "2 missing (bn1.bias [64], conv1.weight [64, 3, 7, 7])",
+                  "2 unexpected (conv1.weight [64, 3, 5, 5], extra [1])"):
         assert words in said
 
 

@@ -1,0 +1,42 @@
+"""The representations of a folder of images, with or without labels, as a file of numpy
+
+    python -m evaluate features --checkpoint runs/vicreg-shapes --data FOLDER --out x.npy
+
+x.npy holds a row of float32 for each image, what the backbone returns as `pooled`; x.txt beside it
+the images' names, a line each, in the same order. They are the images of FOLDER/train, if there is
+one, else all below FOLDER; for another part say FOLDER/val. The views are those of knn: the central
+square, 7/8 of the short side, resized to --size. An image that cannot be read has no row.
+"""
+import os
+from pathlib import Path
+
+import numpy as np
+
+import common
+import training
+from evaluate.features import all_features
+
+NAME = "features"
+
+
+def add_flags(flag):
+    flag("--out", type=Path, default="features.npy", help="the file, which ends in .npy")
+
+
+def prepare(args):
+    if args.out.suffix != ".npy" or not os.access(args.out.parent, os.W_OK):
+        raise common.UserError(f"--out {args.out}: it must end in .npy, in a folder where you may "
+                               "write")
+    return common.open_data(args.data, "train", args.size)
+
+
+def run(backbone, data, args):
+    """Writes both files; no rows for a table."""
+    y, _, index = all_features(backbone, data, args)
+    if training.rank_and_world()[0] == 0:
+        names = [training.printable(data.name(i)) + "\n" for i in index.tolist()]
+        training.write(args.out, lambda file: np.save(file, y.cpu().numpy()))
+        names_file = args.out.with_suffix(".txt")
+        training.write(names_file, lambda file: file.write("".join(names).encode()))
+        training.say(f"{args.out}: {len(y)} rows of {y.shape[1]} numbers; {names_file}: the names")
+    return {}

@@ -105,16 +105,14 @@ def backbone_state(state, arch):
     return state
 
 
-def empty(state, arch):
-    """A backbone for images of the size that parameters under our names were made for; the meta
-    device has names and shapes alone."""
+def fresh(state, arch):
+    """A fresh backbone for images of the size that parameters under our names were made for."""
     size = 224
     if "conv1.weight" in state and state["conv1.weight"].shape[2:] == (3, 3):
         size = 32  # the small stem
     if arch in VITS and "pos_embed" in state and state["pos_embed"].ndim == 3:
         size = VITS[arch][3] * math.isqrt(max(1, state["pos_embed"].shape[1] - 1))
-    with torch.device("meta"):
-        return build_backbone(arch, size, layer_scale=any("layer_scale" in key for key in state))
+    return build_backbone(arch, size, layer_scale=any("layer_scale" in key for key in state))
 
 
 def load_backbone(checkpoint, arch=None):
@@ -129,7 +127,8 @@ def load_backbone(checkpoint, arch=None):
     candidates = [arch] if arch in ARCHITECTURES else ARCHITECTURES
     for arch in candidates:
         found = backbone_state(state, arch)
-        backbone = empty(found, arch)
+        with torch.device("meta"):  # names and shapes alone
+            backbone = fresh(found, arch)
         theirs = {f"{key} {list(value.shape)}" for key, value in found.items()}
         ours = {f"{key} {list(value.shape)}" for key, value in backbone.state_dict().items()}
         if ours == theirs:
@@ -137,7 +136,7 @@ def load_backbone(checkpoint, arch=None):
             backbone.arch = arch
             return backbone.eval()
     if len(candidates) > 1:
-        raise UserError(f"{name} is none of {', '.join(candidates)}: add --arch to see why")
+        raise UserError(f"{name} fits none of {', '.join(candidates)}: add --arch to see why")
     missing = sorted(ours - theirs)
     other = sorted(theirs - ours)
     raise UserError(f"{name} is not a {arch}: {len(missing)} missing ({', '.join(missing[:4])}), "

@@ -1,6 +1,5 @@
 """What protocols start from: a checkpoint's backbone, and representations of a data set, whose
 images the processes share."""
-import math
 import sys
 import time
 
@@ -68,14 +67,9 @@ def load(args, size=None):
 
 def untrained(args, backbone):
     """The network of the same architecture and size from which a run of the same seed starts."""
-    state = backbone.state_dict()
-    size = 32 if backbone.stride == 8 else 224  # ResNets differ: under 100 pixels the small stem
-    if "pos_embed" in state:
-        size = math.isqrt(state["pos_embed"].shape[1] - 1) * backbone.stride
-    layer_scale = any("layer_scale" in name for name in state)
     seed = args.run.get("seed", 0)
     torch.manual_seed(seed if isinstance(seed, int) else 0)
-    fresh = common.build_backbone(args.arch, size, layer_scale=layer_scale)
+    fresh = weights.fresh(backbone.state_dict(), args.arch)
     if isinstance(fresh, common.ResNet):
         fresh.conv1.padding = backbone.conv1.padding
     return fresh
@@ -97,13 +91,9 @@ def concatenated(x, dim=0):
     x = x.movedim(dim, 0)
     counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
     counts[dist.get_rank()] = len(x)
-    counts = summed(counts).tolist()
-    padded = x.new_zeros(max(counts), *x.shape[1:])  # all_gather wants equal shapes
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    parts = [part[:count] for part, count in zip(parts, counts)]
-    return torch.cat(parts).movedim(0, dim)
+    parts = list(x.new_zeros(sum(summed(counts)), *x.shape[1:]).split(counts.tolist()))
+    parts[dist.get_rank()] = x
+    return summed(torch.cat(parts)).movedim(0, dim)  # each row plus zeros
 
 
 def progress(steps, total, what):
@@ -135,17 +125,12 @@ def progress(steps, total, what):
 def open_labelled(args):
     """The training and validation parts of --data, which must have labels. Raises UserError."""
     train, val = [common.open_data(args.data, split, args.size) for split in ("train", "val")]
-    reason = ""
-    if val is None:
-        reason = "there is no val/ and no test/"
-    elif not train.classes or not val.classes:
-        reason = f"{'val' if train.classes else 'train'} has no class folders alone"
-    elif train.classes != val.classes:
-        other = sorted(set(train.classes) ^ set(val.classes))
-        reason = f"only one part has {', '.join(other[:5])}"
-    if reason:
-        raise common.UserError(f"{args.protocol} needs labels, train/CLASS/ and val/CLASS/ (or "
-                               f"test/CLASS/) in {args.data}, with the same classes: {reason}")
+    if val is None or not val.classes or train.classes != val.classes:
+        lone = sorted({*train.classes}.symmetric_difference(val.classes if val else ()))
+        found = "no val/, no test/" if val is None else f"in one alone: {', '.join(lone[:6])}"
+        raise common.UserError(f"{args.protocol} needs labels: {args.data} must hold train/CLASS/ "
+                               "and val/CLASS/ (or test/CLASS/) with the same classes; it has "
+                               + (found if lone else "no classes"))
     return train, val
 
 

@@ -1,4 +1,6 @@
 """Training heads on a backbone, all learning rates of a sweep in one pass; tables; mIoU."""
+import statistics
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -94,13 +96,17 @@ def confusion(predicted, mask, num_classes):
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def mean_iou(counts):
-    """Intersection over union in %, the mean over the classes that occur in the masks; counts: the
-    confusion of all images."""
-    counts = counts.double()
+def ious(counts):
+    """Intersection over union in % of the classes that occur in the masks, {class: IoU}; counts:
+    the confusion of all images. Raises UserError."""
     intersection = counts.diag()
     union = counts.sum(0) + counts.sum(1) - intersection
-    present = counts.sum(1) > 0
-    if not present.any():
+    present = counts.sum(1).nonzero().flatten()
+    if not len(present):
         raise common.UserError("the validation masks hold nothing but void")
-    return 100 * (intersection / union)[present].mean().item()
+    share = 100 * intersection[present].double() / union[present]
+    return dict(zip(present.tolist(), share.tolist()))
+
+
+def mean_iou(counts):
+    return statistics.fmean(ious(counts).values())

@@ -1,6 +1,7 @@
 """Images with masks, which are 8-bit PNGs of class ids."""
 import concurrent.futures
 import os
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,11 @@ from evaluate.features import progress, to_input
 VOID = 255
 
 
+def mask_flags(flag):
+    flag("--masks", default="masks", help="name of the folders of masks, beside images/")
+    flag("--void", type=int, default=VOID, help="class id that does not count, as 255 does not")
+
+
 class MaskedShapes(shapes.Shapes):
     num_classes = 1 + len(shapes.Shapes.classes)  # with the ground
 
@@ -24,27 +30,32 @@ class MaskedShapes(shapes.Shapes):
 
 
 class Masked:
-    """Images and masks in files, from whose class ids `shift` is subtracted, modulo 256. All are
-    read once, before anything is computed. Raises UserError, naming the file that is wrong."""
+    """Images and masks in files, where `void` becomes 255. All are read once, before anything is
+    computed. Raises UserError, naming the file that is wrong."""
 
-    def __init__(self, images, masks, num_classes=None, shift=0):
+    def __init__(self, images, masks, num_classes=None, void=VOID):
         self.images = images
         self.masks = common.Images(masks)
-        self.shift = shift
+        self.void = void
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            largest = list(pool.map(self.largest_id, range(len(images))))
+            ids = pool.map(self.ids, range(len(images)))
+            ids = list(progress(ids, len(images), "reading masks"))
+        largest = [max(found, default=0) for found in ids]
         self.num_classes = num_classes or max(largest) + 1
         if max(largest) >= self.num_classes:
             worst = self.masks.name(np.argmax(largest))
             raise common.UserError(f"{worst} holds the class id {max(largest)}, but there are "
                                    f"{self.num_classes} classes")
+        if training.rank_and_world()[0] == 0:
+            names = ", ".join(map(str, sorted(set().union(*ids))))
+            print(textwrap.fill(f"{len(images)} masks with the classes {names}", 100), flush=True)
 
     def __len__(self):
         return len(self.images)
 
-    def largest_id(self, index):
-        ids = np.asarray(self.pair(index)[1])
-        return int(ids.max(initial=0, where=ids != VOID))
+    def ids(self, index):
+        counts = np.bincount(np.asarray(self.pair(index)[1]).ravel(), minlength=256)
+        return set(counts[:VOID].nonzero()[0].tolist())
 
     def pair(self, index):
         """The RGB image and its mask, both PIL."""
@@ -63,18 +74,20 @@ class Masked:
         if ids.shape != (image.height, image.width):
             raise common.UserError(f"{path} has {ids.shape[1]} x {ids.shape[0]} pixels, its image "
                                    f"{image.width} x {image.height}")
-        return image, Image.fromarray(ids - np.uint8(self.shift))
+        ids[ids == self.void] = VOID
+        return image, Image.fromarray(ids)
 
 
-def with_masks(folder, masks, num_classes=None, shift=0, images=None):
+def with_masks(folder, masks, num_classes=None, void=VOID, images=None):
     """Images in a folder (None: all in it) with the masks of the same names in another folder."""
     if images is None:
-        images = common.find_images(folder)
+        images = common.find_images(folder) if os.path.isdir(folder) else []
     if not len(images):
         raise common.UserError(f"no images in {folder}: give shapes, voc, ADE20K's folder, or one "
-                               "with train/images, train/masks, val/images and val/masks")
+                               "with train/images, train/masks, val/images and val/masks; --masks "
+                               "is for another name of the folders of masks")
     names = [images.name(i).replace(str(folder), str(masks), 1) for i in range(len(images))]
-    return Masked(images, [Path(name).with_suffix(".png") for name in names], num_classes, shift)
+    return Masked(images, [Path(name).with_suffix(".png") for name in names], num_classes, void)
 
 
 def open_masks(args):
@@ -87,11 +100,12 @@ def open_masks(args):
     root = Path(args.data)
     if not root.is_dir():
         root = Path(os.environ.get("DATA", "data")) / args.data
-    if (root / "annotations").is_dir():  # ADE20K's own layout; its class 0 is void
-        return [with_masks(root / "images" / split, root / "annotations" / split, 150, shift=1)
+    if (root / "annotations").is_dir():  # ADE20K's own layout and classes, 1 to 150
+        return [with_masks(root / "images" / split, root / "annotations" / split, 151, void=0)
                 for split in ("training", "validation")]
-    train = with_masks(root / "train" / "images", root / "train" / "masks")
-    return [train, with_masks(root / "val" / "images", root / "val" / "masks", train.num_classes)]
+    train = with_masks(root / "train" / "images", root / "train" / args.masks, void=args.void)
+    return [train, with_masks(root / "val" / "images", root / "val" / args.masks,
+                              train.num_classes, void=args.void)]
 
 
 def targets(mask):

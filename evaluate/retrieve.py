@@ -25,13 +25,14 @@ import training
 from evaluate.features import concatenated, summed
 from evaluate.heads import confusion, mean_iou
 from evaluate.knn import nearest_of_all, vote
-from evaluate.masks import open_masks, whole_images
+from evaluate.masks import mask_flags, open_masks, whole_images
 
 NAME = "retrieval"
 prepare = open_masks
 
 
 def add_flags(flag):
+    mask_flags(flag)
     flag("--subsample", type=int, nargs="+", default=[1, 8, 64, 128],
          help="one of so many training images is used")
     flag("--runs", type=int, default=5, help="draws of these images")

@@ -23,7 +23,7 @@ from evaluate import bag, correspond, export, features, fewshot, heads, knn, lin
 from evaluate import segment as segmentation
 
 CPU = torch.device("cpu")
-ARGS = dict(stem_padding=1,
+ARGS = dict(stem_padding=1, masks="masks", void=255,
     protocol="p", checkpoint="c", data="data", size=32, workers=0, bf16=False, device=CPU, run={},
     finetune=False, labels=None, augment=True, epochs=2, batch_size=4, lr=[0.5, 0.05],
     head="linear", layers=1, steps=60, subsample=[1, 2], runs=5, chunk=3)
@@ -896,8 +896,8 @@ def test_layouts_of_masks(tmp_path):
             pixels = Image.fromarray(np.array([[0, 1, 150]], np.uint8))
             pixels.save(tmp_path / kind / split / "ADE_1.png")
     train, val = masks.open_masks(settings(data=str(tmp_path)))
-    assert train.num_classes == val.num_classes == 150
-    assert masks.targets(train.pair(0)[1]).tolist() == [[-1, 0, 149]]
+    assert train.num_classes == val.num_classes == 151
+    assert masks.targets(train.pair(0)[1]).tolist() == [[-1, 1, 150]]
     scenes = masks.open_masks(settings(data="shapes", size=64))[1]
     image, mask = scenes.pair(3)
     assert image.size == mask.size == (96, 96)

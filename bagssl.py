@@ -34,9 +34,9 @@ Differences
  6. TCR's lambda is 0.234 D by default: C.1 has 30 for 128 dimensions, C.2 has 1920 for 8192. For
     CIFAR-100's 512 dimensions C.1 has 30 too; its recipe follows that.
  7. C.4's 5 x 5 maps give 2 x 2 windows. Here 4 x 4 maps do so too, with smaller ones at the border.
- 8. Learning rates are read as base rates. The recipe of shapes is our own. As in vicreg.py: no bias
-    in the projector's last layer, residual branches start at zero, incomplete batches are dropped,
-    float32 losses, LARS as there. A linear classifier on detached bags reports accuracy.
+ 8. Learning rates are read as base rates. The recipes of shapes and small are our own. As in
+    vicreg.py: no bias in the projector's last layer, residual branches start at zero, incomplete
+    batches are dropped, float32 losses, LARS, a linear classifier (here on detached bags).
 """
 import argparse
 import functools
@@ -58,10 +58,8 @@ COLOURS = [dict(jitter=JITTER, blur_p=1.0), dict(jitter=JITTER, blur_p=0.1, sola
 
 def sample_patches(image, area, patches, size):
     """Random patches of a PIL image, [(box, flip, size), ...], drawn with torch's global generator.
-
     box: (top, left, height, width) in pixels, its share of the image in the range `area`, a square
-    where that is one number; flip: mirrored left to right; size: the view's side in pixels.
-    """
+    where that is one number; flip: mirrored left to right; size: the view's side in pixels."""
     ratio = (1, 1) if area[0] == area[1] else (3 / 4, 4 / 3)
     boxes = [RandomResizedCrop.get_params(image, area, ratio) for _ in range(patches)]
     return [(box, torch.rand(()).item() < 0.5, size) for box in boxes]
@@ -348,9 +346,11 @@ RESNET50 = dict(arch="resnet50", size=224, projector="8192-8192-8192", batch_siz
                 final_lr=0.0, warmup_epochs=10)
 CIFAR = dict(arch="resnet34", size=32, projector="4096-128", epochs=600, batch_size=1024,
              base_lr=0.3, final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, patch_scale="0.1914")
-RECIPES = {  # chosen by --data, imagenet's for any other; every flag overrides it
+RECIPES = {  # chosen by --data, or by the number of its images; every flag overrides it
     "imagenet": RESNET50 | dict(epochs=800, weight_decay=1e-6),  # Appendix C.3
     "imagenet100": RESNET50 | dict(epochs=400, weight_decay=1e-4),  # Appendix C.2
+    "small": RESNET50 | dict(arch="resnet18", size=160, projector="2048-2048-2048", epochs=400,
+                             batch_size=128, base_lr=0.8, weight_decay=1e-6),
     "cifar10": CIFAR,  # Appendix C.1; patches of 14 / 32 of the side
     "cifar100": CIFAR | dict(projector="4096-512", tcr_coeff=30.0),
     "shapes": dict(arch="tiny_convnet", size=48, projector="1024-128", epochs=7, batch_size=128,
@@ -373,7 +373,7 @@ def train(args):
     import training
     device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
-    backbone = common.build_backbone(args.arch, args.size)
+    backbone = training.build_backbone(args)
     model = BagSSL(backbone, args.projector, len(data.classes))
     model, ddp = training.distribute(model, device)
     optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)
@@ -415,7 +415,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     flag = parser.add_argument
     flag("--projector", type=widths, metavar="WIDTHS", help="of its layers, like 8192-8192-8192")
-    flag("--loss", default="vicreg", choices=["vicreg", "tcr", "simclr", "spectral"])
+    objectives = ["vicreg", "tcr", "simclr", "spectral"]
+    flag("--loss", default="vicreg", choices=objectives, help="the objective")
     flag("--patches", type=int, default=2, help="of each image")
     flag("--patch-scale", type=parse_scale, default="0.2",
          help="share of the image's area, like 0.2, or a range, like 0.08-1")

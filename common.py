@@ -213,8 +213,18 @@ def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
     return backbone
 
 
+def grid_of(size, stride):
+    """Locations along a map's side, for square views of `size` pixels. Raises UserError."""
+    if size % stride or size < 2 * stride:  # else centres of locations would not be where we say
+        least = 2 * stride
+        raise UserError(f"views of {size} pixels: --size must make a multiple of {stride}, {least} "
+                        "or more")
+    return size // stride
+
+
 # --- 2. Data sets ---------------------------------------------------------------------------------
 
+DOWNLOADS = ("cifar10", "cifar100", "stl10", "voc")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PostScript would run a program
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_PIXELS = 50e6  # of an image, 150 MB in memory
@@ -270,7 +280,8 @@ class Images:
 
 
 def find_images(root):
-    """Images anywhere below `root`, sorted; labelled if all of them lie in ROOT/CLASS/."""
+    """Images anywhere below `root`, sorted; labelled if all of them lie in ROOT/CLASS/. What lies
+    beside a folder named images is left out: masks, mostly. Raises UserError."""
     def refuse(error):  # os.walk would leave the folder out without a word
         raise UserError(f"cannot list a folder of images ({error}): make it readable or remove it")
 
@@ -282,6 +293,8 @@ def find_images(root):
             continue
         seen.add(os.path.realpath(folder))
         inner[:] = sorted(name for name in inner if name[0] != ".")  # .ipynb_checkpoints
+        if "images" in inner:
+            inner[:] = ["images"]
         for name in sorted(files):
             if name[0] != "." and Path(name).suffix.lower() in SUFFIXES:  # ._x.jpg is no image
                 paths.append(os.path.relpath(os.path.join(folder, name), root))
@@ -317,21 +330,21 @@ def open_downloaded(name, split, root):
 def open_data(name, split="train", size=64):
     """The part "train" or "val" of a data set, or None where a folder has none. name: shapes (for
     views of `size` pixels); cifar10, cifar100, stl10, voc (downloaded to $DATA or ./data); or a
-    folder, here or in $DATA, with train/ and val/ or test/, or of images. Raises UserError."""
+    folder, here or in $DATA, with train/ and val/ (or valid/, test/), or of images. UserError."""
     root = os.environ.get("DATA", "data")
     if name == "shapes":
         from shapes import Shapes
         return Shapes(split, 3 * size // 2)
-    if name in ("cifar10", "cifar100", "stl10", "voc"):
+    if name in DOWNLOADS:
         return open_downloaded(name, split, root)
     folder = Path(name) if Path(name).is_dir() else Path(root, name)
     if not folder.is_dir():
         raise UserError(f"no data set '{name}': looked for it here, in {root}; try --data shapes")
-    names = ("train", ".") if split == "train" else ("val", "test")
+    names = ("train", ".") if split == "train" else ("val", "valid", "test")
     part = next((folder / name for name in names if (folder / name).is_dir()), None)
     if part is None:
         return None
-    images = find_images(part / "images" if (part / "masks").is_dir() else part)
+    images = find_images(part)
     if not len(images):
         raise UserError(f"no images in {part}: their names end in {' '.join(sorted(SUFFIXES))}")
     return images

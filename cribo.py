@@ -150,7 +150,9 @@ def joint_space_clustering(tokens, positions, num_objects, pos_weight, init=None
         tokens = F.normalize(float32(tokens), dim=2)
         positions = float32(positions)
         y, x = positions.unbind(2)  # (B, 2N) each
-        distances = torch.hypot(y[:, :, None] - y[:, None], x[:, :, None] - x[:, None])
+        y_distances = y[:, :, None] - y[:, None]  # (B, 2N, 2N)
+        x_distances = x[:, :, None] - x[:, None]
+        distances = torch.hypot(y_distances, x_distances)
         distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
 
         # At first a cluster is its one starting token. All other locations are in none.
@@ -473,7 +475,10 @@ RECIPES = {  # chosen by --arch or else by --data, imagenet's for any other; fla
         arch="vit_base_patch16", epochs=400, base_lr=7.5e-4, final_lr=2e-6, clip_grad=0.3,
         freeze_epochs=3, norm_last_layer=True, temp_warmup_epochs=50),
     "coco": VIT_SMALL | dict(epochs=300, batch_size=256, num_objects=64, pos_weight=2.0),
-    "shapes": VIT_SMALL | dict(  # this project's own
+    "small": VIT_SMALL | dict(  # this and the next one: this project's own
+        arch="vit_tiny_patch16", size=160, head="2048-256-4096", epochs=400, batch_size=128,
+        momentum=0.99, temp_warmup_epochs=15, bank_images=0),
+    "shapes": VIT_SMALL | dict(
         arch="tiny_convnet", size=64, head="512-128-1024", epochs=7, batch_size=128, base_lr=8e-3,
         warmup_epochs=1, final_weight_decay=0.04, drop_path=0.0, clip_grad=3.0,
         norm_last_layer=True, momentum=0.99, teacher_temp=0.04, num_objects=8, bank_images=2_000),
@@ -487,25 +492,20 @@ def make_optimizer(student):
     return torch.optim.AdamW([dict(params=weights), dict(params=others, weight_decay=0.0)])
 
 
-def check_sizes(args, stride, images):
-    """Raises UserError where the grid, the clusters or the bank are impossible."""
-    from common import UserError
-    if args.size % stride or args.size == stride:
-        raise UserError(f"--size {args.size}: give a multiple of {stride}, {2 * stride} or more")
-    locations = 2 * (args.size // stride) ** 2
-    if not 0 < args.num_objects <= locations:
-        raise UserError(f"--num-objects {args.num_objects}: two views have {locations} locations")
-    if not 0 < args.bank_images < images:
-        raise UserError(f"--bank-images {args.bank_images}: give less than {images}, all images")
-
-
 def train(args):
     import common
     import training
     device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
-    backbone = common.build_backbone(args.arch, args.size, args.drop_path)
-    check_sizes(args, backbone.stride, len(data))
+    backbone = training.build_backbone(args)
+    grid = common.grid_of(args.size, backbone.stride)
+    args.bank_images = args.bank_images or min(25_000, len(data) // 2)
+    if args.num_objects > 2 * grid**2:
+        raise common.UserError(f"--num-objects {args.num_objects}: two views have {2 * grid**2} "
+                               "locations")
+    if args.bank_images >= len(data):
+        raise common.UserError(f"--bank-images {args.bank_images}: give less than {len(data)}, all "
+                               "images")
     student = Student(backbone, args.head, len(data.classes), args.norm_last_layer)
     student, ddp = training.distribute(student, device)  # not all: DDP would send the bank as well
     model = CrIBo(student, args.num_objects, args.pos_weight, args.bank_images).to(device)
@@ -513,7 +513,6 @@ def train(args):
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
     augment_1, augment_2 = [common.Photometric(**colour) for colour in COLOURS]
-    grid = args.size // backbone.stride
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
         epoch = run.step / run.per_epoch
@@ -581,7 +580,7 @@ def main():
     flag("--head", type=head_widths, help="hidden, bottleneck, output width, like 512-128-1024")
     flag("--num-objects", type=int, help="K, clusters of an image")
     flag("--pos-weight", type=float, help="lambda_pos, weight of distances in the clustering")
-    flag("--bank-images", type=int, help="S, images whose objects the bank keeps")
+    flag("--bank-images", type=int, help="S, images in the bank; 0: half of all")
     flag("--object", default=True, action=on_or_off, help="the loss across views, Eq. (6)")
     flag("--cross-image", default=True, action=on_or_off, help="the loss across images, Eq. (8)")
     flag("--cycle", default=True, action=on_or_off, help="trust by Eq. (4); else all neighbours")
@@ -598,7 +597,8 @@ def main():
     except ModuleNotFoundError:
         parser.parse_args()  # so that --help works where this file lies alone
         parser.error("training needs common.py and training.py beside this file")
-    launch(train, parser, RECIPES, teacher_temp=(0.001, 1), momentum=(0, 1), drop_path=(0, 0.9))
+    limits = dict(num_objects=(1, 10**6), teacher_temp=(0.001, 1), momentum=(0, 1))
+    launch(train, parser, RECIPES, drop_path=(0, 0.9), **limits)
 
 
 if __name__ == "__main__":

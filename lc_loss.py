@@ -28,7 +28,7 @@ Differences
  6. The paper's projections of 4096 dimensions are read as BYOL's: 4096 hidden units, 256 outputs.
  7. The local branch has a ReLU after its BatchNorm. As in BYOL's code, last layers have no bias.
  8. `--local-loss mse` (Table 6) has a predictor, as BYOL's own loss: without it, it collapses.
- 9. The recipe of shapes is this project's own. As in vicreg.py (its Differences 3, 4) are LARS,
+ 9. The recipes of shapes and small are our own. As in vicreg.py (its Differences 3, 4) are LARS,
     precision, initialization, dropped batches, and the linear classifier, which sees I_sc.
 10. Names: the paper's I_t and p_t are I_sc and p_sc here. Its pooled f is the representation y; our
     f_c and f_sc are the local projections of its maps F.
@@ -253,10 +253,13 @@ class BYOL(nn.Module):
 
 # --- 4. Training ----------------------------------------------------------------------------------
 
-RECIPES = {  # chosen by --data, imagenet's for any other; every flag overrides it
+RECIPES = {  # chosen by --data, or by the number of its images; every flag overrides it
     "imagenet": dict(arch="resnet50", size=224, projector="4096-256", epochs=400, batch_size=4096,
                      base_lr=0.3, final_lr=0.0, weight_decay=1e-6, warmup_epochs=10,
                      momentum=0.996, alpha=0.1),  # Section 4.1
+    "small": dict(arch="resnet18", size=160, projector="2048-256", epochs=400, batch_size=128,
+                  base_lr=0.8, final_lr=0.0, weight_decay=1e-6, warmup_epochs=10,
+                  momentum=0.99, alpha=0.1),
     "shapes": dict(arch="tiny_convnet", size=64, projector="1024-256", epochs=7, batch_size=128,
                    base_lr=8.0, final_lr=0.0, weight_decay=1e-6, warmup_epochs=1,
                    momentum=0.97, alpha=0.5),
@@ -268,11 +271,8 @@ def train(args):
     import training
     device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
-    backbone = common.build_backbone(args.arch, args.size)
-    grid = args.size // backbone.stride
-    if grid < 2 or args.size % backbone.stride:  # cells to contrast, which cover the view exactly
-        need = f"{args.arch} needs two or more times its stride, {backbone.stride}"
-        raise common.UserError(f"--size {args.size}: {need}")
+    backbone = training.build_backbone(args)
+    grid = common.grid_of(args.size, backbone.stride)
     model = BYOL(backbone, args.projector, len(data.classes), args.alpha, args.local_loss)
     model, ddp = training.distribute(model, device)
     optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)

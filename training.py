@@ -3,6 +3,8 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import hashlib
+import inspect
 import json
 import math
 import os
@@ -10,20 +12,27 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import common
 from common import ARCHITECTURES, Batch, Batches, UserError, Views, open_data, seed_of
 
+FEW_IMAGES = 100_000  # data without a recipe of its own gets `small` below, and else imagenet's
 TIMEOUT = datetime.timedelta(minutes=30)  # a slow disk can keep one process that long
 VOTE_EVERY = 10  # steps between two votes of several processes on saving and stopping
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 CURE = "not saved; try a lower --base-lr or --no-bf16, under another --name"  # of NaN
+# Flags that may differ between a run and its resumption, and between its processes.
+FREE = ("data", "init", "out", "name", "recipe", "workers", "save_minutes", "keep_every",
+        "log_every", "max_megapixels", "code")
 
 # --- 1. Optimization ------------------------------------------------------------------------------
 
@@ -121,14 +130,32 @@ def has_bf16():
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The header as it stands, and each flag's default."""
+
+
+def choose_recipe(args, recipes):
+    """The recipe that gives flags their defaults: --recipe's, or that of --arch or its family (as
+    convnext), or of --data by its name, or by the number of its images. Raises UserError."""
+    family = (args.arch or "").split("_")[0]
+    for name in (args.recipe, args.arch, family, Path(args.data).name):
+        if name in recipes:
+            return name
+    if args.data in common.DOWNLOADS or len(open_data(args.data)) < FEW_IMAGES:
+        return "small"
+    return "imagenet"
+
+
 def parse_args(parser, recipes, limits):
-    """The flags; UserError where one is out of limits, {flag: (lowest, highest)} or 0 and more. The
-    defaults are the recipe of --arch or its family (as convnext), else of --data, else imagenet."""
+    """The flags, with a recipe's defaults. limits: {flag: (lowest, highest)}, else 0 and more.
+    Raises UserError."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     flag = parser.add_argument
     flag("--data", default="shapes", help="or cifar10, cifar100, stl10, voc, a folder of images")
+    flag("--recipe", choices=recipes, help="defaults of other flags; else by --arch and --data")
     flag("--arch", help=", ".join(ARCHITECTURES))
+    flag("--init", metavar="WEIGHTS", help="backbone to start from: a run, or a file of weights")
     flag("--size", type=int, help="side of a view in pixels")
     flag("--epochs", type=int, help="passes over the data")
     flag("--batch-size", type=int, help="images of a step, of all processes together")
@@ -140,24 +167,38 @@ def parse_args(parser, recipes, limits):
     flag("--bf16", action=argparse.BooleanOptionalAction, help="by default where it is fast")
     flag("--workers", type=int, default=min(12, cores), help="data loading processes")
     flag("--out", default="runs", help="folder of all runs")
-    flag("--name", help="this run's folder in --out; by default METHOD-DATA")
+    flag("--name", help="this run's folder in --out")
     flag("--save-minutes", type=float, default=10, help="minutes between checkpoints")
+    flag("--keep-every", type=int, default=0, help="epochs between backbones to keep; 0: none")
     flag("--log-every", type=int, default=50, help="steps between log lines")
-    known, _ = parser.parse_known_args()
-    data = Path(known.data).name
-    family = (known.arch or "").split("_")[0]
-    recipe = next(recipes[key] for key in (known.arch, family, data, "imagenet") if key in recipes)
-    parser.set_defaults(**recipe, name=f"{Path(sys.argv[0]).stem}-{data}")
+    flag("--max-megapixels", type=float, default=50, help="larger images count as broken")
+    parser.formatter_class = Help
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    known, _ = parser.parse_known_args(words)
+    recipe = choose_recipe(known, recipes)
+    name = f"{Path(sys.argv[0]).stem}-{Path(known.data).name}"
+    parser.set_defaults(**recipes[recipe], recipe=recipe, name=name)
 
     args = parser.parse_args()
-    limits = dict.fromkeys(("size", "epochs", "batch_size", "log_every"), (1, math.inf)) | limits
+    counts = ("size", "epochs", "batch_size", "log_every", "max_megapixels")
+    limits = dict.fromkeys(counts, (1, math.inf)) | limits
     for name, value in vars(args).items():
         low, high = limits.get(name, (0, math.inf))
         values = value if isinstance(value, list) else [value]
         if any(isinstance(v, int | float) and not low <= v <= high for v in values):
             name = name.replace("_", "-")
             raise UserError(f"--{name} {value}: it must be at least {low} and at most {high}")
+    common.MAX_PIXELS = 1e6 * args.max_megapixels
     return args
+
+
+def build_backbone(args):
+    """The backbone of --arch for --size, with the weights of --init if given. Raises UserError."""
+    options = {name: value for name, value in vars(args).items() if name == "drop_path"}
+    if args.init is None:
+        return common.build_backbone(args.arch, args.size, **options)
+    from weights import load_backbone
+    return load_backbone(args.init, args.arch, **options).train()
 
 
 def printable(text):
@@ -165,11 +206,13 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def say(text, file=None):
+def say(text, file=None, end="\n"):
     """print(), but a full disk or a closed pipe does not end a run: from then on it is silent."""
     file = file or sys.stdout
+    if file.isatty():
+        text = f"\r\033[K{text}"  # in the place of a line of progress
     try:
-        print(text, file=file, flush=True)
+        print(text, file=file, end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
@@ -278,7 +321,7 @@ class Run:
         self.step = 0
         self.signal = 0
         self.broken = 0  # images that could not be read, in this process
-        self.per_epoch = len(data) // args.batch_size
+        self.per_epoch = len(data) // args.batch_size  # steps
         self.total = args.epochs * self.per_epoch
         if args.batch_size < 2 * self.world or args.batch_size % self.world:
             share = f"a multiple of the {self.world} processes, 2 or more for each"
@@ -294,7 +337,8 @@ class Run:
             self.start_log()
         for number in SIGNALS:
             signal.signal(number, self.on_signal)
-        self.saved = time.monotonic()
+        self.started_at = self.step
+        self.started = self.shown = self.saved = time.monotonic()
         self.start_clock()
 
     def claim(self):
@@ -328,12 +372,17 @@ class Run:
 
         if self.args.bf16 is None:
             self.args.bf16 = state["args"]["bf16"] if state else has_bf16()
-        digest = self.data.digest()  # tells whether another --data is the same data
-        self.settings = {**vars(self.args), "images": len(self.data), "digest": digest}
-        free = ("data", "out", "name", "workers", "save_minutes", "log_every")  # may be other ones
-        now = {key: value for key, value in self.settings.items() if key not in free}
+        code = b"".join(Path(file).read_bytes()
+                        for file in (inspect.getfile(type(self.model)), common.__file__, __file__))
+        self.settings = {**vars(self.args), "images": len(self.data),
+                         "classes": len(self.data.classes),
+                         "digest": self.data.digest(),  # another --data may be the same data
+                         "code": hashlib.sha256(code).hexdigest()[:12]}
+        now = {key: value for key, value in self.settings.items() if key not in FREE}
         if state is not None:
             then = state["args"]
+            if then.get("code") != self.settings["code"]:
+                warn("the method's file, common.py or training.py has changed since the checkpoint")
             differ = [f"{key.replace('_', '-')} {then[key]} (now {value})"
                       for key, value in now.items() if then.get(key, value) != value]
             if differ:
@@ -354,12 +403,23 @@ class Run:
         lines = re.finditer(rb'^{"step": (\d+), .*}\n', text, re.MULTILINE)
         write(path, lambda file: file.writelines(x[0] for x in lines if int(x[1]) <= self.step))
         self.log_file = open(path, "a")
+        about = {key: self.settings[key] for key in ("arch", "size", "data", "bf16")}
+        about = json.dumps(about).encode()  # what backbone.pt does not say of itself
+        write(self.folder / "backbone.json", lambda file: file.write(about))
 
         for key, value in self.settings.items():
-            say(f"  {key:16} {value}")
+            say(f"  {key:20} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
         where = f"processes: {self.world} on {self.device.type}"
         say(f"{self.folder}: {start} of {self.total}, {where}")
+        if not self.data.classes:
+            paths = [self.data.name(index) for index in range(len(self.data))]
+            for folder, count in Counter(map(os.path.dirname, paths)).most_common(10):
+                say(f"  {count} images in {printable(folder)}")
+        if self.step == self.total:
+            say("It is finished: another --name trains anew, with --init from these weights.")
+        if self.args.warmup_epochs >= self.args.epochs:
+            warn("the learning rate does not reach its peak: give fewer --warmup-epochs")
 
     def on_signal(self, number, frame):
         self.signal = number
@@ -416,12 +476,12 @@ class Run:
         terms = dict(zip(metrics, (values / self.world).tolist()))
         seconds = time.monotonic() - self.clock
         rate = self.timed / seconds  # steps a second
-        line = dict(step=step, epoch=step / self.per_epoch, **terms, wait=self.waited / seconds,
-                    images_per_s=rate * self.args.batch_size,
-                    minutes_left=(self.total - step) / rate / 60,
-                    memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        self.start_clock()
+        line = dict(step=step, epoch=step / self.per_epoch, **terms)
         shown = [f"{name} {value:.4g}" for name, value in line.items() if value]
+        line |= dict(wait=self.waited / seconds, images_per_s=rate * self.args.batch_size,
+                     minutes_left=(self.total - step) / rate / 60,
+                     memory_gb=torch.cuda.max_memory_allocated() / 1e9)
+        self.start_clock()
         if not math.isfinite(terms["loss"]):
             raise UserError(f"NaN or infinity ({', '.join(shown)}): {CURE}")
 
@@ -431,12 +491,29 @@ class Run:
                 self.log_file.flush()
             except OSError as error:  # the line stays in the buffer, to go out with a later one
                 warn(f"cannot write to {self.folder / 'log.jsonl'} ({error})")
-            say("  ".join(shown))
+            say(textwrap.fill("  ".join(shown), 118, subsequent_indent="  "))
+
+    def show_progress(self):
+        """How far the run is: on a terminal a line that renews itself, else one every 10 s."""
+        now = time.monotonic()
+        terminal = sys.stdout.isatty()
+        if now - self.shown < (0.2 if terminal else 10) and self.step > self.started_at + 1:
+            return
+        self.shown = now
+        rate = (self.step - self.started_at) / (now - self.started)  # steps a second
+        left = (self.total - self.step) / rate / 60
+        done = 20 * self.step // self.total
+        say(f"[{done * '#':20}] step {self.step} of {self.total}, "
+            f"{rate * self.args.batch_size:.4g} images/s, {left:.1f} min left",
+            end="" if terminal else "\n")
 
     def end_step(self):
         """Counts the step. Saves where it is time to, and on a signal, which then ends the run."""
         self.step += 1
         last = self.step == self.total
+        if self.rank == 0:
+            self.show_progress()
+            self.keep()
         wish = self.signal or int(time.monotonic() - self.saved >= 60 * self.args.save_minutes)
         if self.world > 1:
             if self.step % VOTE_EVERY and not last:
@@ -451,6 +528,15 @@ class Run:
             say(f"{name}: saved at step {self.step}; the same command resumes")
             sys.exit(0)
 
+    def keep(self):
+        """backbone-EPOCH.pt, every --keep-every epochs."""
+        epoch, rest = divmod(self.step, self.per_epoch)
+        if self.args.keep_every and not rest and epoch % self.args.keep_every == 0:
+            write(self.folder / f"backbone-{epoch}.pt", self.write_backbone)
+
+    def write_backbone(self, file):
+        torch.save(self.model.backbone.state_dict(), file)
+
     def save(self, must):
         """last.pt and backbone.pt, if all is finite. A failure to write is fatal if `must`."""
         self.saved = time.monotonic()
@@ -461,9 +547,8 @@ class Run:
             return
         optimizer = self.optimizer.state_dict()
         state = dict(step=self.step, model=model, optimizer=optimizer, args=self.settings)
-        backbone = self.model.backbone.state_dict()
         try:
-            write(self.folder / "backbone.pt", lambda file: torch.save(backbone, file))
+            write(self.folder / "backbone.pt", self.write_backbone)
             write(self.folder / "last.pt", lambda file: torch.save(state, file), "previous.pt")
         except UserError as error:
             if must:
@@ -481,4 +566,9 @@ class Run:
             if (here / "evaluate").is_dir() and self.data.classes:
                 subprocess.run([sys.executable, *command], env=env, check=False)
             else:
-                say(f"to evaluate it: python {' '.join(command)}")
+                why = "needs the folder evaluate/" if self.data.classes else "needs labels"
+                say(f"{protocol} {why}: python {' '.join(command)}")
+        if self.rank == 0:
+            say(f"{self.folder} holds backbone.pt (weights), last.pt (to go on), log.jsonl. Next:\n"
+                f"  python -m evaluate linear --checkpoint {self.folder}\n"
+                f"  python visualize.py curves {self.folder}")

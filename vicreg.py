@@ -30,7 +30,7 @@ Differences
     over the batch of all processes; blur of 0.1 to 2 pixels. Ours: incomplete last batches are
     dropped; a linear classifier on detached representations reports accuracy; only it sees labels.
  5. cifar10, cifar100 and imagenet100 follow "Bag of Image Patch Embedding" (Appendix C.1, C.2): its
-    learning rates are read as base rates. The recipe of shapes is this project's own.
+    learning rates are read as base rates. Those of shapes and small are this project's own.
  6. The ICLR version crops from 8% of the area (`--views iclr`) and numbers its sections otherwise.
 """
 import argparse
@@ -56,10 +56,8 @@ VIEWS = {  # the crop's share of the image's area; colours of the first and the 
 
 def sample_views(image, area, size):
     """Two views of a PIL image, [(box, flip, size), ...], drawn with torch's global generator.
-
-    box: (top, left, height, width) in pixels, its share of the image in the range `area`;
-    flip: mirrored left to right; size: the view's side in pixels.
-    """
+    box: (top, left, height, width) in pixels, its share of the image in the range `area`; flip:
+    mirrored left to right; size: the view's side in pixels."""
     boxes = [RandomResizedCrop.get_params(image, area, ratio=(3 / 4, 4 / 3)) for _ in range(2)]
     return [(box, torch.rand(()).item() < 0.5, size) for box in boxes]
 
@@ -219,11 +217,13 @@ class VICReg(nn.Module):
 RESNET50 = dict(arch="resnet50", size=224, projector="8192-8192-8192", warmup_epochs=10)
 CIFAR = dict(arch="resnet34", size=32, projector="4096-128", epochs=600, batch_size=1024,
              base_lr=0.3, final_lr=0.0, weight_decay=1e-4, warmup_epochs=10, views="released")
-RECIPES = {  # chosen by --data, imagenet's for any other; every flag overrides it
+RECIPES = {  # chosen by --data, or by the number of its images; every flag overrides it
     "imagenet": RESNET50 | dict(epochs=1000, batch_size=2048, base_lr=0.2, final_lr=0.002,
                                 weight_decay=1e-6),  # Appendix B.1
     "imagenet100": RESNET50 | dict(epochs=400, batch_size=1024, base_lr=0.1, final_lr=0.0,
                                    weight_decay=1e-4, views="released"),
+    "small": RESNET50 | dict(arch="resnet18", size=160, projector="2048-2048-2048", epochs=400,
+                             batch_size=128, base_lr=0.8, final_lr=0.0, weight_decay=1e-6),
     "cifar10": CIFAR,
     "cifar100": CIFAR | dict(projector="4096-512"),
     "shapes": dict(arch="tiny_convnet", size=64, projector="1024-1024-1024", epochs=7,
@@ -236,7 +236,7 @@ def train(args):
     import training
     device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
-    backbone = common.build_backbone(args.arch, args.size)
+    backbone = training.build_backbone(args)
     model = VICReg(backbone, args.projector, len(data.classes))
     model, ddp = training.distribute(model, device)
     optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)

@@ -434,6 +434,9 @@ RECIPES = {  # chosen by --arch or its family, else by --data, else imagenet's; 
     "imagenet": dict(arch="resnet50", size=224, projector="8192-8192-8192", epochs=100,
                      batch_size=512, base_lr=0.3, final_lr=0.0006, weight_decay=1e-6,
                      warmup_epochs=10),
+    "small": dict(arch="resnet18", size=160, projector="2048-2048-2048", epochs=400, batch_size=128,
+                  base_lr=0.8, final_lr=0.0, weight_decay=1e-6, warmup_epochs=10,
+                  num_matches=[10, 10], num_feature_matches=[10, 10]),
     "cifar10": dict(arch="resnet34", size=32, projector="4096-128", local_projector="512-512-128",
                     epochs=600, batch_size=1024, base_lr=0.3, final_lr=0.0, weight_decay=1e-4,
                     warmup_epochs=10, num_matches=[7, 7], num_feature_matches=[7, 7]),
@@ -460,12 +463,9 @@ def train(args):
     device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
     kinds = VIEWS[args.views]
-    backbone = common.build_backbone(args.arch, args.size, args.drop_path)
-    smallest = round(min(scale for _, _, scale in kinds) * args.size)
-    if smallest < backbone.stride:
-        raise common.UserError(f"--size {args.size} makes views of {smallest} pixels, less than a "
-                               f"stride of {args.arch}, {backbone.stride}: try --views two")
-
+    backbone = training.build_backbone(args)
+    for _, _, scale in kinds:
+        common.grid_of(round(scale * args.size), backbone.stride)  # positions need a whole grid
     projector = args.projector if args.alpha > 0 else None
     local_projector = args.local_projector if args.alpha < 1 else None
     norm = nn.LayerNorm if args.arch.startswith("convnext") else nn.BatchNorm1d

@@ -105,17 +105,18 @@ def backbone_state(state, arch):
     return state
 
 
-def fresh(state, arch):
+def fresh(state, arch, drop_path=0.0):
     """A fresh backbone for images of the size that parameters under our names were made for."""
     size = 224
     if "conv1.weight" in state and state["conv1.weight"].shape[2:] == (3, 3):
         size = 32  # the small stem
     if arch in VITS and "pos_embed" in state and state["pos_embed"].ndim == 3:
         size = VITS[arch][3] * math.isqrt(max(1, state["pos_embed"].shape[1] - 1))
-    return build_backbone(arch, size, layer_scale=any("layer_scale" in key for key in state))
+    layer_scale = any("layer_scale" in key for key in state)
+    return build_backbone(arch, size, drop_path, layer_scale)
 
 
-def load_backbone(checkpoint, arch=None):
+def load_backbone(checkpoint, arch=None, drop_path=0.0):
     """A trained backbone in eval mode; .arch names it: by default what its run says, or what its
     parameters' names and shapes tell. checkpoint: a run folder or a file, of this project or as
     torchvision, timm, VICReg, VICRegL, DINO, CrIBo or MoCo have them; or its content. Raises
@@ -128,7 +129,7 @@ def load_backbone(checkpoint, arch=None):
     for arch in candidates:
         found = backbone_state(state, arch)
         with torch.device("meta"):  # names and shapes alone
-            backbone = fresh(found, arch)
+            backbone = fresh(found, arch, drop_path)
         theirs = {f"{key} {list(value.shape)}" for key, value in found.items()}
         ours = {f"{key} {list(value.shape)}" for key, value in backbone.state_dict().items()}
         if ours == theirs:

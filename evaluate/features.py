@@ -111,13 +111,10 @@ def progress(steps, total, what):
         due = now + (1 if terminal else 10)
         left = (now - begin) * (total / done - 1)
         left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-        line = f"{what}: {done / total:.0%}, {left} left"
-        if terminal:  # what is printed next begins on the left, over this line
-            print(f"{line}\033[K\r", end="", file=sys.stderr, flush=True)
-        else:
-            training.say(line, sys.stderr)
+        end = "" if terminal else "\n"
+        training.say(f"{what}: {done / total:.0%}, {left} left", sys.stderr, end)
     if terminal:
-        print("\033[K", end="", file=sys.stderr, flush=True)
+        training.say("", sys.stderr, end="")
 
 
 # --- 3. Images ------------------------------------------------------------------------------------

@@ -686,12 +686,12 @@ def test_recipes(monkeypatch):
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--size", 44], "--size 44: .* multiple of 8"),
-    (["--size", 8], "--size 8: .*16 or more"),
+    (["--size", 44], "views of 44 pixels: --size must make a multiple of 8"),
+    (["--size", 8], "views of 8 pixels: .*16 or more"),
     (["--num-objects", 33], "--num-objects 33: two views have 32 locations"),
     (["--num-objects", 0], "--num-objects 0"),
     (["--bank-images", 44], "--bank-images 44: .*less than 44"),
-    (["--bank-images", 0], "--bank-images 0"),
+    (["--bank-images", -1], "--bank-images -1"),
     (["--head", "a-b-c"], "--head.*a-b-c"),
     (["--head", "1-2-3-4"], "--head.*1-2-3-4"),
     (["--head", "0-2-3"], "--head.*0-2-3"),

@@ -390,7 +390,7 @@ def test_progress_in_a_file_comes_by_time(monkeypatch, capsys):
 
 def test_progress_on_a_terminal_is_one_line(monkeypatch, capsys):
     said = told(monkeypatch, capsys, 10, 2, True)
-    assert "\n" not in said and said.count("left\033[K\r") == 10
+    assert "\n" not in said and said.count("\r\033[K40 images: ") == 10
     assert said.endswith("\r\033[K")  # what follows finds an empty line
 
 

@@ -456,8 +456,8 @@ def test_ablations(run_here, flags, terms):
 
 @pytest.mark.parametrize("flags,words", [
     (("--data", "nowhere"), "no data set 'nowhere'"),
-    (("--size", 44), "times its stride, 8"),
-    (("--size", 8), "times its stride, 8"),
+    (("--size", 44), "--size must make a multiple of 8, 16 or more"),
+    (("--size", 8), "views of 8 pixels: --size must"),
     (("--temperature", 0), "--temperature 0"),
     (("--temperature", -0.1), "--temperature -0.1"),
     (("--temperature", "nan"), "--temperature nan"),

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import torch
-from helpers import ROOT
+from helpers import METHODS, ROOT
 
 import common
 import vicreg
@@ -52,6 +52,36 @@ def test_commands_name_real_files_and_flags():
     assert found >= 6
 
 
+COLUMNS = {  # of docs/recipes.md
+    "network": ("arch",), "pixels": ("size",), "images a step": ("batch_size",),
+    "epochs, of warm-up": ("epochs", "warmup_epochs"), "base lr": ("base_lr",),
+    "final lr": ("final_lr",), "weight decay": ("weight_decay", "final_weight_decay"),
+    "projector or head": ("projector", "head"),
+}
+
+
+def tables_of_recipes():
+    """A table of each method's RECIPES; what has no column of its own comes last."""
+    text = ""
+    for method in METHODS:
+        recipes = importlib.import_module(method).RECIPES
+        text += f"\n## {method}.py\n\n| recipe | {' | '.join(COLUMNS)} | further flags |\n"
+        text += "| --- " * (len(COLUMNS) + 2) + "|\n"
+        for name, recipe in recipes.items():
+            left = dict(recipe)
+            cells = [[str(left.pop(flag)) for flag in flags if flag in left]
+                     for flags in COLUMNS.values()]
+            rest = [f"{flag.replace('_', '-')} {value}" for flag, value in left.items()]
+            row = [f"`{name}`", *map(", ".join, cells), ", ".join(rest)]
+            text += "| " + " | ".join(row) + " |\n"
+    return text
+
+
+def test_the_tables_of_recipes_are_those_of_the_files():
+    """`PYTHONPATH=. python tests/test_readme.py` writes them."""
+    assert (ROOT / "docs" / "recipes.md").read_text().endswith(tables_of_recipes())
+
+
 def test_every_test_that_is_named_exists():
     tests = {name for path in (ROOT / "tests").glob("test_*.py")
              for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
@@ -71,3 +101,9 @@ def test_the_table_of_results_is_made_from_the_files(monkeypatch):
     assert made.count("\n") > 5
     documents = README + (ROOT / "docs" / "results.md").read_text()
     assert f"<!-- results -->\n{made}<!-- end -->" in documents
+
+
+if __name__ == "__main__":
+    page = ROOT / "docs" / "recipes.md"
+    introduction = page.read_text().partition("\n## vicreg.py")[0]
+    page.write_text(introduction + tables_of_recipes())

@@ -1,4 +1,5 @@
 """training.py: optimizer, flags and bad input, a run's files, how it resumes and stops."""
+import io
 import json
 import math
 import os
@@ -83,6 +84,9 @@ BAD = [  # flags; what the one line says
     ("--workers -1", "--workers -1"),
     ("--save-minutes -1", "--save-minutes -1"),
     ("--log-every 0", "--log-every 0"),
+    ("--keep-every -1", "--keep-every -1"),
+    ("--recipe best", "--recipe.*best.*small"),
+    ("--max-megapixels 0", "--max-megapixels 0"),
     ("--views best", "--views.*best.*paper"),
     ("--projector wide", "--projector.*wide"),
     ("--no-such-flag", "no-such-flag.*--help"),
@@ -127,9 +131,31 @@ def test_a_recipe_gives_the_defaults(monkeypatch, tmp_path):
     assert args.data == "shapes" and args.arch == "tiny_convnet" and args.name == "vicreg-shapes"
     args = args_of("--data", "cifar10", "--base-lr", 7)
     assert args.arch == "resnet34" and args.base_lr == 7 and args.projector == [4096, 128]
-    args = args_of("--data", "/some/where/flowers")
-    assert args.batch_size == 2048 and args.base_lr == 0.2 and args.name == "vicreg-flowers"
     assert args_of("--data", "/some/where/imagenet100").batch_size == 1024
+    flowers = make_images(tmp_path / "flowers", 4, classes=0)
+    args = args_of("--data", flowers)
+    assert args.recipe == "small" and args.batch_size == 128 and args.name == "vicreg-flowers"
+    assert args_of("--data", "voc").recipe == "small"  # without a download
+    assert args_of("--data", flowers, "--recipe", "imagenet").batch_size == 2048
+    monkeypatch.setattr(training, "FEW_IMAGES", 4)
+    args = args_of("--data", flowers)
+    assert args.recipe == "imagenet" and args.batch_size == 2048 and args.base_lr == 0.2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_gives_each_flag_a_sentence_and_its_default(method, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    flowers = make_images(tmp_path / "flowers", 4, classes=0)
+    assert run(method, "--data", flowers, "--help") == 0
+    said = capsys.readouterr().out
+    _, _, flags = said.partition("options:")
+    entries = re.findall(r"^  (-.*?)(?=^  -|\Z)", flags, re.MULTILINE | re.DOTALL)
+    assert len(entries) > 20
+    for entry in entries:
+        assert re.search(r"  \S+ ?.*\w", entry.replace("\n", " ")), entry
+        assert "-h, --help" in entry or "(default: " in entry, entry
+    assert "vit_tiny" in said if method == "cribo" else "(default: resnet18)" in said
+    assert f"(default: {method}-flowers)" in said
 
 
 # --- resumed to the bit ---------------------------------------------------------------------------
@@ -237,7 +263,7 @@ def test_killed_in_a_save(moment, at_save, flags, undisturbed, tmp_path, monkeyp
         assert said in capsys.readouterr().out
     assert_same(undisturbed("vicreg", *short), tmp_path / "cut")
     assert {path.name for path in (tmp_path / "cut").iterdir()} <= {
-        "lock", "log.jsonl", "backbone.pt", "last.pt", "previous.pt"}
+        "lock", "log.jsonl", "backbone.json", "backbone.pt", "last.pt", "previous.pt"}
 
 
 def test_randomness_is_a_function_of_seed_step_and_rank():
@@ -360,8 +386,54 @@ def test_resume_with_other_arguments(flags, undisturbed, tmp_path, monkeypatch, 
 def test_a_finished_run_has_nothing_left_to_do(flags, undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed("vicreg"), tmp_path / "again")
     assert run("vicreg", *flags("vicreg"), "--out", tmp_path, "--name", "again") == 0
-    assert f"resumed at step {STEPS}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"resumed at step {STEPS}" in said.out and "It is finished: another --name" in said.out
+    assert "has changed" not in said.err
     assert_same(undisturbed("vicreg"), tmp_path / "again")
+
+
+def test_code_that_has_changed_is_warned_about(flags, undisturbed, tmp_path, monkeypatch, capsys):
+    shutil.copytree(undisturbed("vicreg"), tmp_path / "again")
+    changed = tmp_path / "common.py"
+    changed.write_text(Path(common.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(common, "__file__", str(changed))
+    assert run("vicreg", *flags("vicreg"), "--out", tmp_path, "--name", "again") == 0
+    assert capsys.readouterr().err.count("has changed since the checkpoint") == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_init_starts_from_a_backbone(method, flags, undisturbed, tmp_path, capsys):
+    """All networks start from it, the target's and the teacher's too."""
+    first = undisturbed("vicreg")
+    args = (*flags(method), "--init", first, "--base-lr", 0, "--weight-decay", 0, "--epochs", 1)
+    if method == "cribo":
+        args = (*args, "--final-lr", 0)
+    assert run(method, *args, "--out", tmp_path, "--name", "next") == 0
+    theirs = checkpoint(first, "backbone.pt")
+    ours = checkpoint(tmp_path / "next")["model"]
+    first_weight = "backbone.0.weight"
+    backbones = [name.removesuffix("0.weight") for name in ours if name.endswith(first_weight)]
+    assert len(backbones) == {"lc_loss": 2, "cribo": 2}.get(method, 1)
+    for prefix in backbones:
+        for key in theirs:
+            if "running" not in key and "batches" not in key:
+                assert torch.equal(ours[prefix + key], theirs[key]), prefix + key
+    args = (*flags(method), "--init", tmp_path / "nowhere", "--out", tmp_path, "--name", "no")
+    assert run(method, *args) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+
+
+def test_backbones_are_kept_every_few_epochs(flags, undisturbed, tmp_path):
+    args = (*flags("vicreg"), "--keep-every", 2, "--out", tmp_path, "--name", "kept")
+    assert run("vicreg", *args) == 0
+    folder = tmp_path / "kept"
+    kept = {path.name: checkpoint(folder, path.name) for path in folder.glob("backbone-*.pt")}
+    assert set(kept) == {"backbone-2.pt", "backbone-4.pt"}
+    assert helpers.equal(kept["backbone-4.pt"], checkpoint(folder, "backbone.pt"))
+    assert not helpers.equal(kept["backbone-4.pt"], kept["backbone-2.pt"])
+    assert_same(undisturbed("vicreg"), folder)
+    about = json.loads((folder / "backbone.json").read_text())
+    assert about["arch"] == "tiny_convnet" and about["size"] == 16 and about["bf16"] is False
 
 
 def test_backbone_pt_is_the_backbone_alone(undisturbed):
@@ -425,6 +497,37 @@ def test_log_lines(undisturbed):
     assert rates[0] == 0 and max(rates) == rates[5] == 1 * 8 / 256
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_run_says_fits_a_terminal(method, flags, tmp_path, capsys):
+    make_images(tmp_path / "data" / "x", 20, classes=0)
+    make_images(tmp_path / "data" / "y" / "z", 24, classes=0)
+    args = (*flags(method), "--data", tmp_path / "data", "--epochs", 1, "--warmup-epochs", 1)
+    assert run(method, *args, "--out", tmp_path, "--name", "run") == 0
+    said = capsys.readouterr()
+    assert f"20 images in {tmp_path}/data/x" in said.out
+    assert f"24 images in {tmp_path}/data/y/z" in said.out
+    assert all(len(line) <= 120 for line in said.out.splitlines() if str(tmp_path) not in line)
+    assert "step 1 of 5, " in said.out and "images/s" in said.out and " min left" in said.out
+    assert "does not reach its peak" in said.err
+
+
+def test_progress_is_a_line_that_renews_itself(flags, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    ticks = iter(range(10 ** 6))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(ticks))  # each look: a second on
+    args = (*flags("vicreg"), "--log-every", 100, "--epochs", 1)
+    assert run("vicreg", *args, "--out", tmp_path, "--name", "run", "--save-minutes", 99) == 0
+    said = terminal.getvalue()
+    progress = re.findall(r"\r\033\[K\[(#*) *\] step (\d) of 5, [\d.]+ images/s", said)
+    assert [int(step) for _, step in progress] == [1, 2, 3, 4, 5]
+    assert [len(bar) for bar, _ in progress] == [4, 8, 12, 16, 20]
+
+
 def test_nan_stops_and_keeps_the_last_good_checkpoint(flags, tmp_path, monkeypatch, capsys):
     args = (*flags("vicreg"), "--out", tmp_path, "--name", "nan", "--base-lr", 1e36)
     said = helpers.user_error(vicreg.main, monkeypatch, capsys, *args)
@@ -461,6 +564,14 @@ def test_broken_images_are_replaced_counted_and_limited(flags, tmp_path, monkeyp
     assert "another is taken" in said.err and "broken 1" in said.out
     assert [line["broken"] for line in lines(tmp_path / "one")][-1] == 1
 
+    monkeypatch.setattr(common, "MAX_PIXELS", common.MAX_PIXELS)  # which the flag sets
+    make_images(folder / "large", 1, size=(1010, 1000), classes=0)
+    (folder / "large" / "0000.jpg").rename(folder / "train" / "class1" / "large.jpg")
+    assert run("vicreg", *args, "--name", "large", "--max-megapixels", 1) == 0
+    assert "1010 x 1000 pixels, over 1e+06 in all" in capsys.readouterr().err
+    assert run("vicreg", *args, "--name", "small", "--max-megapixels", 1.1) == 0
+    assert "pixels" not in capsys.readouterr().err
+
     for i in range(0, 30, 2):  # 15 are over 1% and 10 more
         (folder / "train" / "class0" / f"{i:04}.jpg").write_bytes(b"no image")
     monkeypatch.setattr(sys, "argv", ["vicreg.py", *map(str, args), "--name", "two"])
@@ -475,7 +586,7 @@ def test_names_of_any_bytes_are_warned_about_in_one_line(flags, tmp_path):
     args = (*flags("vicreg"), "--data", folder.parent, "--epochs", 1, "--workers", 1)
     command = Command("vicreg", *args, "--out", tmp_path, said=tmp_path / "said")
     assert command.end() == 0, command.said()
-    (line,) = [line for line in command.said().splitlines() if line.startswith("warning: ")]
+    (line,) = [line for line in command.said().splitlines() if line.startswith("warning: cannot")]
     assert "\\udcffa\\nb.jpg" in line and "cannot identify" in line
 
 
@@ -513,13 +624,14 @@ def test_a_run_ends_with_an_evaluation(tmp_path, monkeypatch, capsys):
         [sys.executable, "-m", "evaluate", "knn"], [sys.executable, "-m", "evaluate", "linear"]]
     assert all(["--checkpoint", str(tmp_path)] == command[4:6] for command in commands)
     assert not finishing(tmp_path, monkeypatch, ["a", "b"], rank=1)
-    assert not capsys.readouterr().out
+    assert f"{tmp_path} holds backbone.pt" in capsys.readouterr().out
 
     assert not finishing(tmp_path, monkeypatch, [])  # no labels
+    assert f"knn needs labels: python -m evaluate knn --checkpoint {tmp_path}" in (
+        capsys.readouterr().out)
     (tmp_path / "evaluate").rmdir()
     assert not finishing(tmp_path, monkeypatch, ["a", "b"])
-    said = capsys.readouterr().out
-    assert said.count(f"python -m evaluate knn --checkpoint {tmp_path}") == 2
+    assert "knn needs the folder evaluate/: python -m evaluate knn" in capsys.readouterr().out
 
 
 # --- what an attack found -------------------------------------------------------------------------

@@ -520,12 +520,12 @@ def test_convnext_trains(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(common.CONVNEXTS, "convnext_tiny", ((8, 16, 16, 24), (1, 1, 1, 1)))
     args = (*flags("vicregl"), "--arch", "convnext_tiny", "--batch-size", 20, "--epochs", 1,
             "--warmup-epochs", 0, "--out", tmp_path, "--name", "run")
-    assert helpers.run("vicregl", *args, "--size", 80) == 0
+    assert helpers.run("vicregl", *args, "--size", 224) == 0
     last = lines(tmp_path / "run")[-1]
     for group in checkpoint(tmp_path / "run")["optimizer"]["param_groups"]:
         assert group["lr"] == pytest.approx(last["lr"])  # the local projector's too
     said = helpers.user_error(vicregl.main, monkeypatch, capsys, *args, "--size", 64)
-    assert "--size 64 makes views of 27 pixels" in said and "--views two" in said
+    assert "views of 27 pixels: --size must make a multiple of 32, 64 or more" in said
 
 
 @pytest.mark.parametrize("args,words", [

@@ -24,7 +24,7 @@ class Ignored:
 
 
 IGNORED = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
-           "numpy._core.multiarray.scalar", "_codecs.encode")
+           "numpy._core.multiarray.scalar")
 
 
 def read_checkpoint(path):

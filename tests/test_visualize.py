@@ -104,7 +104,7 @@ def centre(box, flip, row, col, grid):
 @pytest.mark.parametrize("command,count,size", [
     ("matches --checkpoint run", 5, (3, 2.2)),
     ("matches --checkpoint run --index 3 --num-matches 20", 5, (3, 2.2)),
-    ("matches --arch tiny_vit --size 32", 5, (3, 2.2)),
+    ("matches --checkpoint random --arch tiny_vit --size 32", 5, (3, 2.2)),
     ("correspond --checkpoint run", 8, (4, 2.2)),
     ("objects --checkpoint run --bank-images 4 --num-objects 2", 6, (4, 2.2)),
     ("heatmap --checkpoint run", 3, (3, 1.3)),
@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_picture(figure, checkpoint):
 
 def test_an_untrained_network_uses_its_running_statistics(figure, monkeypatch):
     monkeypatch.setitem(visualize.COMMANDS, "matches", lambda args, data, backbone: backbone)
-    assert not figure("matches --arch tiny_convnet --size 64").training
+    assert not figure("matches --checkpoint random --arch tiny_convnet --size 64").training
 
 
 # --- geometry -------------------------------------------------------------------------------------
@@ -444,10 +444,14 @@ def test_smoothed_curves(figure, tmp_path):
     ("matches --checkpoint nowhere", "nowhere"),
     ("matches --checkpoint run --index 5000", "shapes has 2000 images"),
     ("matches --checkpoint run --index -1", "--index -1"),
-    ("matches --checkpoint run --size 60", "--size 60: it must be a multiple of 8"),
-    ("matches --checkpoint run --num-matches 0", "--num-matches 0: it must be 1 or more"),
+    ("matches --checkpoint run --size 60", "views of 60 pixels: --size must make a multiple of 8"),
+    ("matches --checkpoint run --num-matches 0", "--num-matches 0: it must be at least 1"),
     ("matches --checkpoint run --data broken", "mend or remove it"),
-    ("matches", "--arch"),
+    ("matches", "--checkpoint is missing: a run folder"),
+    ("matches --checkpoint random", "--arch"),
+    ("matches --checkpoint random --arch tiny_convnet --size 99999", "--size 99999"),
+    ("heatmap --checkpoint run --scale nan", "--scale nan"),
+    ("heatmap --checkpoint run --query 0.5 1.5", "--query 1.5"),
     ("matches --checkpoint run --seed -1", "--seed -1"),
     ("matches --checkpoint run --seed x", "invalid int value"),
     ("views --data nothing", "no data set 'nothing'"),
@@ -457,7 +461,7 @@ def test_smoothed_curves(figure, tmp_path):
     ("heatmap --checkpoint run --scale 0", "--scale 0"),
     ("objects --checkpoint run --data flat", "--bank-images 128: give less than 4"),
     ("objects --checkpoint run --num-objects 200", "128 locations"),
-    ("objects --checkpoint run --size 60", "--size 60"),
+    ("objects --checkpoint run --size 60", "views of 60 pixels"),
     ("curves", "curves needs"),
     ("curves nowhere", "nowhere has no log.jsonl"),
     ("curves empty", "empty has no log.jsonl of a run, or an empty one"),

@@ -413,7 +413,7 @@ def curves(args, columns=3):
             epochs = [line["epoch"] for line in lines]
             values = [line[name] for line in lines]
             if values:
-                ax.plot(epochs, values, ".-", color=colour, alpha=0.3, markersize=2)
+                ax.plot(epochs, values, ".-", color=colour, alpha=0.4, markersize=5)
                 ax.plot(epochs, smoothed(values), color=colour, label=path.name)
     lines_and_names = axes[0, 0].get_legend_handles_labels()
     figure.legend(*lines_and_names, loc="outside lower center", ncols=columns)

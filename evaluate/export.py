@@ -7,7 +7,6 @@ the images' names, a line each, in the same order. They are the images of FOLDER
 one, else all below FOLDER; for another part say FOLDER/val. The views are those of knn: the central
 square, 7/8 of the short side, resized to --size. An image that cannot be read has no row.
 """
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,12 @@ def add_flags(flag):
 
 
 def prepare(args):
-    if args.out.suffix != ".npy" or not os.access(args.out.parent, os.W_OK):
-        raise common.UserError(f"--out {args.out}: it must end in .npy, in a folder where you may "
-                               "write")
+    if args.out.suffix != ".npy":
+        raise common.UserError(f"--out {args.out} must end in .npy")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise common.UserError(f"cannot write {args.out} ({error})") from error
     return common.open_data(args.data, "train", args.size)
 
 

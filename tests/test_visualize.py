@@ -17,6 +17,7 @@ import cribo  # noqa: E402
 import lc_loss  # noqa: E402
 import vicregl  # noqa: E402
 import visualize  # noqa: E402
+from evaluate import features  # noqa: E402
 from visualize import DPI, RIGHT, SIDE, WRONG  # noqa: E402
 
 BOXES = [(20, 30, 150, 120), (0, 10, 110, 170)]  # top, left, height, width, of 200 x 200 pixels
@@ -474,6 +475,26 @@ def test_bad_input(tmp_path, checkpoint, monkeypatch, capsys, command, words):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("")
     assert words in user_error(visualize.main, monkeypatch, capsys, *command.split())
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(visualize, "draw", interrupted)
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "views"])
+    with pytest.raises(SystemExit) as stop:
+        visualize.main()
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_progress_is_told(figure, checkpoint, monkeypatch, capsys):
+    ticks = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(features.time, "monotonic", lambda: next(ticks))
+    figure("neighbors --checkpoint run --bank-images 3")
+    said = capsys.readouterr().err
+    assert "features of images: 75%, 60 s left\n" in said
+    assert "features of 16 views: 100%, 0 s left\n" in said
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):

@@ -26,7 +26,7 @@ import torch
 import common
 import training
 from evaluate import bag, correspond, export, fewshot, knn, linear, retrieve, segment
-from evaluate.features import add_flags, load, untrained
+from evaluate.features import add_flags, load, say, untrained
 
 PROTOCOLS = dict(features=export, knn=knn, linear=linear, fewshot=fewshot, segment=segment,
                  retrieve=retrieve, correspond=correspond, bag=bag)
@@ -109,9 +109,8 @@ def evaluate(args):
     if vars(args).get("baseline"):
         settings = argparse.Namespace(**vars(args) | {"checkpoint": "random"})
         networks.append(("random initialisation", untrained(args, backbone), settings))
-    if training.rank_and_world()[0] == 0:
-        training.say(f"{protocol.NAME} of {args.checkpoint}: {args.arch} for {args.size} pixels, "
-                     f"on {args.data}, {args.device.type}")
+    say(f"{protocol.NAME} of {args.checkpoint}: {args.arch} for {args.size} pixels, "
+        f"on {args.data}, {args.device.type}")
     table = {}
     for network, backbone, settings in networks:
         backbone = backbone.to(args.device, memory_format=torch.channels_last)

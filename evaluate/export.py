@@ -2,10 +2,10 @@
 
     python -m evaluate features --checkpoint runs/vicreg-shapes --data FOLDER --out x.npy
 
-x.npy holds a row of float32 for each image, what the backbone returns as `pooled`; x.txt beside it
-the images' names, a line each, in the same order. They are the images of FOLDER/train, if there is
-one, else all below FOLDER; for another part say FOLDER/val. The views are those of knn: the central
-square, 7/8 of the short side, resized to --size. An image that cannot be read has no row.
+x.npy holds a row of float32 for each image, the backbone's `pooled`; x.txt their names in the same
+order. They are the images of FOLDER/train, if there is one, else all below FOLDER (say FOLDER/val
+for others). As for knn, the central square, 7/8 of the short side, is resized to --size. An image
+that cannot be read has no row.
 """
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def run(backbone, data, args):
     if training.rank_and_world()[0] == 0:
         names = [training.printable(data.name(i)) + "\n" for i in index.tolist()]
         training.write(args.out, lambda file: np.save(file, y.cpu().numpy()))
-        names_file = args.out.with_suffix(".txt")
-        training.write(names_file, lambda file: file.write("".join(names).encode()))
-        training.say(f"{args.out}: {len(y)} rows of {y.shape[1]} numbers; {names_file}: the names")
+        beside = args.out.with_suffix(".txt")
+        training.write(beside, lambda file: file.write("".join(names).encode()))
+        training.say(f"{args.out}: {len(y)} rows of {y.shape[1]} numbers; {beside}: the names")
     return {}

@@ -77,6 +77,12 @@ def untrained(args, backbone):
 
 # --- 2. Processes ---------------------------------------------------------------------------------
 
+def say(text):
+    """Prints, on the first process alone."""
+    if training.rank_and_world()[0] == 0:
+        training.say(text)
+
+
 def summed(x):
     """The sum of x over processes, in place."""
     if dist.is_initialized():
@@ -91,7 +97,8 @@ def concatenated(x, dim=0):
     x = x.movedim(dim, 0)
     counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
     counts[dist.get_rank()] = len(x)
-    parts = list(x.new_zeros(sum(summed(counts)), *x.shape[1:]).split(counts.tolist()))
+    counts = summed(counts).tolist()
+    parts = list(x.new_zeros(sum(counts), *x.shape[1:]).split(counts))
     parts[dist.get_rank()] = x
     return summed(torch.cat(parts)).movedim(0, dim)  # each row plus zeros
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import common
 import training
-from evaluate.features import progress, summed
+from evaluate.features import progress, say, summed
 
 
 class Heads(nn.Module):
@@ -44,7 +44,7 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
     """Trains each head of a Heads at its own rate, the backbone at backbone_lr (None: frozen).
     batches: `total` pairs of input and target; schedule(progress, 0 to 1) -> all rates' factor."""
     model, ddp = training.distribute(model, device)
-    rank, world = training.rank_and_world()
+    _, world = training.rank_and_world()
     groups = [dict(params=list(head.parameters())) for head in model.heads]
     peaks = list(lrs)
     if backbone_lr is not None:
@@ -61,9 +61,8 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
         optimizer.step()
 
     losses = summed(losses.detach()) / world
-    if rank == 0:
-        shown = [f"lr {lr:g} {loss:.3f}" for lr, loss in zip(lrs, losses.tolist())]
-        training.say(f"last losses: {', '.join(shown)}")
+    shown = [f"{loss:.3f}" for loss in losses.tolist()]
+    say(f"last losses: {', '.join(shown)}")
     if dist.is_initialized():  # BatchNorm's statistics on the CPU are each process's own
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

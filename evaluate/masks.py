@@ -1,7 +1,6 @@
 """Images with masks, which are 8-bit PNGs of class ids."""
 import concurrent.futures
 import os
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 import common
 import shapes
 import training
-from evaluate.features import progress, to_input
+from evaluate.features import progress, say, to_input
 
 VOID = 255
 
@@ -30,32 +29,36 @@ class MaskedShapes(shapes.Shapes):
 
 
 class Masked:
-    """Images and masks in files, where `void` becomes 255. All are read once, before anything is
-    computed. Raises UserError, naming the file that is wrong."""
+    """Images in a folder (all, or `images`) and masks of the same names in another, where `void`
+    becomes 255. All are read once, before anything is computed. UserError names what is wrong."""
 
-    def __init__(self, images, masks, num_classes=None, void=VOID):
+    def __init__(self, folder, masks, num_classes=None, void=VOID, images=None):
+        if images is None and os.path.isdir(folder):
+            images = common.find_images(folder)
+        if not images:
+            raise common.UserError(f"no images in {folder}: give shapes, voc, ADE20K's folder, or "
+                                   "one with train/images, train/masks, val/images and val/masks "
+                                   "(or --masks NAME)")
+        names = [images.name(i).replace(str(folder), str(masks), 1) for i in range(len(images))]
         self.images = images
-        self.masks = common.Images(masks)
+        self.masks = common.Images([Path(name).with_suffix(".png") for name in names])
         self.void = void
         with concurrent.futures.ThreadPoolExecutor() as pool:
             ids = pool.map(self.ids, range(len(images)))
             ids = list(progress(ids, len(images), "reading masks"))
-        largest = [max(found, default=0) for found in ids]
+        say(f"{len(images)} masks with the classes {np.unique(np.concatenate(ids))}")
+        largest = [found.max(initial=0) for found in ids]
         self.num_classes = num_classes or max(largest) + 1
         if max(largest) >= self.num_classes:
             worst = self.masks.name(np.argmax(largest))
             raise common.UserError(f"{worst} holds the class id {max(largest)}, but there are "
                                    f"{self.num_classes} classes")
-        if training.rank_and_world()[0] == 0:
-            names = ", ".join(map(str, sorted(set().union(*ids))))
-            print(textwrap.fill(f"{len(images)} masks with the classes {names}", 100), flush=True)
 
     def __len__(self):
         return len(self.images)
 
     def ids(self, index):
-        counts = np.bincount(np.asarray(self.pair(index)[1]).ravel(), minlength=256)
-        return set(counts[:VOID].nonzero()[0].tolist())
+        return np.setdiff1d(self.pair(index)[1], VOID)
 
     def pair(self, index):
         """The RGB image and its mask, both PIL."""
@@ -65,29 +68,14 @@ class Masked:
         try:
             image = self.images.load(index)
             with Image.open(path, formats=["PNG"]) as mask:
-                mode = mask.mode
                 ids = np.array(mask)
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
             raise common.UserError(f"cannot read {name} or its mask {path} ({error})") from error
-        if mode not in ("L", "P"):
-            raise common.UserError(f"{path} is no 8-bit image of class ids: its mode is {mode}")
-        if ids.shape != (image.height, image.width):
-            raise common.UserError(f"{path} has {ids.shape[1]} x {ids.shape[0]} pixels, its image "
-                                   f"{image.width} x {image.height}")
+        if mask.mode not in ("L", "P") or mask.size != image.size:
+            raise common.UserError(f"{path} is no 8-bit image of class ids, of {image.size} pixels "
+                                   f"as its image: its mode is {mask.mode}, its size {mask.size}")
         ids[ids == self.void] = VOID
         return image, Image.fromarray(ids)
-
-
-def with_masks(folder, masks, num_classes=None, void=VOID, images=None):
-    """Images in a folder (None: all in it) with the masks of the same names in another folder."""
-    if images is None:
-        images = common.find_images(folder) if os.path.isdir(folder) else []
-    if not len(images):
-        raise common.UserError(f"no images in {folder}: give shapes, voc, ADE20K's folder, or one "
-                               "with train/images, train/masks, val/images and val/masks; --masks "
-                               "is for another name of the folders of masks")
-    names = [images.name(i).replace(str(folder), str(masks), 1) for i in range(len(images))]
-    return Masked(images, [Path(name).with_suffix(".png") for name in names], num_classes, void)
 
 
 def open_masks(args):
@@ -96,16 +84,16 @@ def open_masks(args):
         return [MaskedShapes(split, 3 * args.size // 2) for split in ("train", "val")]
     if args.data == "voc":
         parts = [common.open_data("voc", split) for split in ("train", "val")]
-        return [with_masks("JPEGImages", "SegmentationClass", 21, images=part) for part in parts]
+        return [Masked("JPEGImages", "SegmentationClass", 21, images=part) for part in parts]
     root = Path(args.data)
     if not root.is_dir():
         root = Path(os.environ.get("DATA", "data")) / args.data
     if (root / "annotations").is_dir():  # ADE20K's own layout and classes, 1 to 150
-        return [with_masks(root / "images" / split, root / "annotations" / split, 151, void=0)
+        return [Masked(root / "images" / split, root / "annotations" / split, 151, void=0)
                 for split in ("training", "validation")]
-    train = with_masks(root / "train" / "images", root / "train" / args.masks, void=args.void)
-    return [train, with_masks(root / "val" / "images", root / "val" / args.masks,
-                              train.num_classes, void=args.void)]
+    train = Masked(root / "train/images", root / "train" / args.masks, None, args.void)
+    val = Masked(root / "val/images", root / "val" / args.masks, train.num_classes, args.void)
+    return [train, val]
 
 
 def targets(mask):

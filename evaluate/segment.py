@@ -30,7 +30,7 @@ from torch import nn
 
 import common
 import training
-from evaluate.features import summed, to_input
+from evaluate.features import say, summed, to_input
 from evaluate.heads import Heads, confusion, fit, ious, mean_iou, shuffled, sweep_table
 from evaluate.masks import Crops, mask_flags, open_masks, whole_images
 
@@ -111,9 +111,9 @@ def evaluate_heads(model, val, lrs, stride, args):
             logits = F.interpolate(logits, mask.shape, mode="bilinear")  # (1, C, H0, W0)
             count += confusion(logits[0].argmax(0), mask, c)
     counts = summed(counts)
-    for lr, count in zip(lrs, counts) if rank == 0 else ():
-        said = [f"{c} {iou:.1f}" for c, iou in ious(count).items()]
-        print(textwrap.fill(f"lr {lr:g}, IoU of class {', '.join(said)}", 100), flush=True)
+    for lr, count in zip(lrs, counts):
+        shown = [f"{c}: {iou:.1f}" for c, iou in ious(count).items()]
+        say(textwrap.fill(f"lr {lr:g}, IoU of class {', '.join(shown)}", 100))
     return [{"mIoU": mean_iou(count)} for count in counts]
 
 

@@ -947,7 +947,8 @@ def _disguise(path):
 
 @pytest.mark.parametrize("name,spoil,words", [
     ("size", lambda d: _save(np.zeros((9, 7)), d / "train/masks/1.png"),
-     "train/masks/1.png has 7 x 9 pixels"),
+     "train/masks/1.png is no 8-bit image of class ids, of (40, 32) pixels as its "
+     "image: its mode is L, its size (7, 9)"),
     ("ids", lambda d: _save(np.full((32, 40), 9), d / "val/masks/2.png"),
      "val/masks/2.png holds the class id 9"),
     ("missing", lambda d: (d / "val/masks/0.png").unlink(), "val/images/0.png has no mask"),

@@ -6,12 +6,11 @@
     python -m evaluate PROTOCOL --help      # what it computes, and where it differs from the paper
 
 --checkpoint: a run folder, last.pt, backbone.pt, a state dict of torchvision or timm, a release of
-VICReg, VICRegL, DINO or CrIBo, or `random`: the untrained network, whose results are not kept. All
-others are appended to PROTOCOL.jsonl beside the checkpoint: title, rows and settings in JSON.
+VICReg, VICRegL, DINO or CrIBo, or `random`: the untrained network. The result is appended to
+PROTOCOL.jsonl beside the checkpoint: a line of JSON with title, rows and settings.
 
---data: as in training. Masks (segment, retrieve) come with shapes, voc, a folder that holds
-train/images, train/masks, val/images and val/masks, or ADE20K's folder. They are 8-bit PNGs of
-class ids, 255 = void; --masks and --void change these names.
+--data: as in training. Masks (segment, retrieve), 8-bit PNGs of class ids, 255 = void, come with
+shapes, voc, a folder of train/images, train/masks, val/images, val/masks, or ADE20K's folder.
 """
 import argparse
 import contextlib
@@ -105,7 +104,8 @@ def evaluate(args):
     protocol = PROTOCOLS[args.protocol]
     backbone = load(args, getattr(protocol, "SIZE", None))
     data = protocol.prepare(args)
-    networks = [(args.checkpoint, backbone, args)]
+    short = "/".join(Path(args.checkpoint).parts[-2:])
+    networks = [(short, backbone, args)]
     if vars(args).get("baseline"):
         settings = argparse.Namespace(**vars(args) | {"checkpoint": "random"})
         networks.append(("random initialisation", untrained(args, backbone), settings))

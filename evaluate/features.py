@@ -29,8 +29,7 @@ def load(args, size=None):
     args.run: that run's flags, or {}. size: in place of the run's, for other data than shapes.
     """
     if args.checkpoint is None:
-        raise common.UserError("--checkpoint is missing: a run folder, a file of weights, or "
-                               "random (with --arch)")
+        raise common.UserError("--checkpoint is missing: a run folder, weights, or random")
     args.run = {}
     if args.checkpoint != "random":
         flags = weights.read_checkpoint(args.checkpoint).get("args")
@@ -106,20 +105,18 @@ def concatenated(x, dim=0):
 def progress(steps, total, what):
     """Yields the steps, and tells on stderr how much of `total` is done and the time left: on a
     terminal in one line, written anew each second; else in a line after 5 s, then every 10 s."""
-    rank, _ = training.rank_and_world()
     terminal = sys.stderr.isatty()
+    pause, end = (1, "") if terminal else (10, "\n")
     begin = time.monotonic()
-    due = begin + (1 if terminal else 5)
+    due = begin + pause / 2
     for done, step in enumerate(steps, 1):
         yield step
         now = time.monotonic()
-        if rank or now < due:
-            continue
-        due = now + (1 if terminal else 10)
-        left = (now - begin) * (total / done - 1)
-        left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-        end = "" if terminal else "\n"
-        training.say(f"{what}: {done / total:.0%}, {left} left", sys.stderr, end)
+        if now >= due and training.rank_and_world()[0] == 0:
+            due = now + pause
+            left = (now - begin) * (total / done - 1)
+            left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+            training.say(f"{what}: {done / total:.0%}, {left} left", sys.stderr, end)
     if terminal:
         training.say("", sys.stderr, end="")
 
@@ -131,10 +128,10 @@ def open_labelled(args):
     train, val = [common.open_data(args.data, split, args.size) for split in ("train", "val")]
     if val is None or not val.classes or train.classes != val.classes:
         lone = sorted({*train.classes}.symmetric_difference(val.classes if val else ()))
-        found = "no val/, no test/" if val is None else f"in one alone: {', '.join(lone[:6])}"
+        found = f"not in both: {', '.join(lone[:6])}" if val else "there is no val/"
         raise common.UserError(f"{args.protocol} needs labels: {args.data} must hold train/CLASS/ "
-                               "and val/CLASS/ (or test/CLASS/) with the same classes; it has "
-                               + (found if lone else "no classes"))
+                               "and val/CLASS/ (or valid/, test/) with the same classes; "
+                               + (found if lone else "no image has a label"))
     return train, val
 
 
@@ -182,11 +179,12 @@ def read_batches(data, view, args, batch_size):
                                   pin_memory=args.device.type == "cuda")
     batches = progress(zip(chunks, loader), len(chunks), f"{len(data)} images")
     for index, batch in batches:
-        whole = ~batch.broken  # another image has taken the place of a broken one
-        if batch.broken.any():
+        if batch.broken.any():  # another image has taken the place of a broken one
             training.warn(f"{int(batch.broken.sum())} such image(s) have no part in the result")
-        parts = [part[whole].to(args.device) for part in batch]
-        yield index[whole].to(args.device), common.Batch(*parts)
+            index = index[~batch.broken]
+            batch = [part[~batch.broken] for part in batch]
+        parts = [part.to(args.device, non_blocking=True) for part in batch]
+        yield index.to(args.device), common.Batch(*parts)
 
 
 # --- 4. Representations ---------------------------------------------------------------------------

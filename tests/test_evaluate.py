@@ -213,7 +213,8 @@ def test_baseline(tmp_path, monkeypatch, capsys):
     printed = printed[1:]
     header, first, second = [re.split(r"\s{2,}", line) for line in printed]
     assert header == ["k-NN on shapes, %", "20-NN", "20-NN weighted", "200-NN", "200-NN weighted"]
-    assert first[0] == str(tmp_path) and second[0] == "random initialisation"
+    name = f"{tmp_path.parent.name}/{tmp_path.name}"  # short
+    assert first[0] == name and second[0] == "random initialisation"
     assert len({len(line) for line in printed}) == 1  # the columns are below one another
 
     torch.manual_seed(3)  # the run's
@@ -223,12 +224,12 @@ def test_baseline(tmp_path, monkeypatch, capsys):
     result, = results(tmp_path, "knn")
     assert result["title"] == "k-NN on shapes, %"
     assert result["rows"]["random initialisation"] == expected
-    assert result["rows"][str(tmp_path)] != expected
+    assert result["rows"][name] != expected
 
     run_command(monkeypatch, f"segment --checkpoint {tmp_path} --baseline --workers 0 --steps 1 "
                 "--lr 0.1 0.2 --batch-size 2")
     rows = results(tmp_path, "segment")[0]["rows"]
-    assert list(rows) == [f"{network}: {row}" for network in (tmp_path, "random initialisation")
+    assert list(rows) == [f"{network}: {row}" for network in (name, "random initialisation")
                           for row in ("lr 0.1", "lr 0.2", "best")]
 
 
@@ -288,6 +289,18 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, word):
     make_images(tmp_path / "flat", 4, classes=0)
     said = user_error(command.main, monkeypatch, capsys, "knn", "--workers", 0, "--size", 32, *args)
     assert word in said
+
+
+@pytest.mark.parametrize("rename,words", [
+    (("val", "validation"), "there is no val/"), (("val/class1", "val/cat"), "both: cat, class1"),
+    (("val/class1", "val/class0/x"), "both: class0, class1, class2"),
+    (("train", "x"), "not in both: class0"),
+])
+def test_why_labels_are_missing(classes, monkeypatch, capsys, rename, words):
+    (classes / rename[0]).rename(classes / rename[1])
+    said = user_error(command.main, monkeypatch, capsys, "knn", "--checkpoint", "random", "--arch",
+                      "tiny_convnet", "--data", classes, "--size", 32)
+    assert "knn needs labels" in said and words in said
 
 
 @pytest.mark.parametrize("flags,words", [
@@ -520,7 +533,8 @@ def test_bag_of_a_run(tmp_path, classes, monkeypatch):
     names = ["whole image", "local aggregation", "bag of 1", "bag of 1, after the projector",
              "bag of 4", "bag of 4, after the projector"]
     fresh = [name for name in names if "projector" not in name]  # an untrained network has none
-    assert list(found) == ([f"{tmp_path}: {name}" for name in names]
+    folder = f"{tmp_path.parent.name}/{tmp_path.name}"
+    assert list(found) == ([f"{folder}: {name}" for name in names]
                            + [f"random initialisation: {name}" for name in fresh])
     corners = {1: [(5, 5)], 4: [(0, 0), (0, 10), (10, 0), (10, 10)]}  # of 10 pixels in 20
 
@@ -540,7 +554,7 @@ def test_bag_of_a_run(tmp_path, classes, monkeypatch):
             queries, targets = bags(val, count, layer)
             predicted = knn.vote(*knn.nearest_rows(queries, [bags(train, count, layer)], 20), 3)
             expected = 100 * (predicted == targets).double().mean().item()
-            assert found[f"{tmp_path}: bag of {count}{name}"]["20-NN"] == pytest.approx(expected)
+            assert found[f"{folder}: bag of {count}{name}"]["20-NN"] == pytest.approx(expected)
 
 
 # --- images with masks ----------------------------------------------------------------------------
@@ -605,6 +619,23 @@ class Conv(Oracle):
     def stages(self, x):
         weight = 0.05 * torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(3))
         return [torch.nn.functional.conv2d(x, weight, stride=8)]
+
+
+def test_void_names_of_folders_and_classes_found(bands, monkeypatch, capsys):
+    root = Path(bands)
+    for part in ("train", "val"):
+        (root / part / "masks").rename(root / part / "labels")
+    flags = ("--checkpoint random --arch tiny_convnet --size 32 --workers 0 --steps 2 --lr 0.1 "
+             f"--batch-size 2 --data {bands}")
+    run_command(monkeypatch, f"segment {flags} --masks labels --void 2")
+    said = capsys.readouterr().out
+    assert "8 masks with the classes [0 1 3]" in said and "5 masks with the classes [0 1 3]" in said
+    shown = re.search(r"lr 0.1, IoU of class 0: ([\d.]+), 1: ([\d.]+), 3: ([\d.]+)\n", said)
+    (mean,) = re.findall(r"lr 0.1 +([\d.]+)\n", said)
+    assert np.mean([float(iou) for iou in shown.groups()]) == pytest.approx(float(mean), abs=0.1)
+    for folder in (root, "nowhere"):
+        assert "train/masks" in user_error(command.main, monkeypatch, capsys, *["segment"],
+                                           *flags.replace(bands, str(folder)).split())
 
 
 def test_mean_iou():

@@ -49,8 +49,8 @@ class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet without its classifier. Images under 100 pixels get the small stem, a
     3x3 convolution of stride 1 without max-pooling: stride 8 instead of 32."""
 
-    def __init__(self, block, layers, size):
-        super().__init__(block, layers, zero_init_residual=True)
+    def __init__(self, block, layers, width, size):
+        super().__init__(block, layers, zero_init_residual=True, width_per_group=width)
         self.fc = nn.Identity()
         self.dim = 512 * block.expansion
         self.stride = 8 if size < 100 else 32
@@ -182,8 +182,11 @@ class TinyConvNet(nn.Sequential):
         return flat(self.stages(x)[-1])
 
 
-RESNETS = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet34": (BasicBlock, [3, 4, 6, 3]),
-           "resnet50": (Bottleneck, [3, 4, 6, 3])}
+RESNETS = {  # blocks of the four stages, and their inner width in the first one
+    "resnet18": (BasicBlock, [2, 2, 2, 2], 64), "resnet34": (BasicBlock, [3, 4, 6, 3], 64),
+    "resnet50": (Bottleneck, [3, 4, 6, 3], 64), "resnet101": (Bottleneck, [3, 4, 23, 3], 64),
+    "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3], 128),
+}
 CONVNEXTS = {  # widths and depths of the four stages
     "convnext_tiny": ((96, 192, 384, 768), (3, 3, 9, 3)),
     "convnext_small": ((96, 192, 384, 768), (3, 3, 27, 3)),
@@ -198,6 +201,7 @@ ARCHITECTURES = ["tiny_convnet", *RESNETS, *CONVNEXTS, *VITS]
 
 def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
     """A freshly initialized backbone for images of `size` pixels. Raises UserError."""
+    arch = arch.removesuffix("_224")  # timm's vit_small_patch16_224
     if arch in RESNETS:
         backbone = ResNet(*RESNETS[arch], size)
     elif arch in CONVNEXTS:

@@ -65,7 +65,7 @@ def test_maps_are_row_major():
     assert changed[:4, 4:].sum() > 0.8 * changed.sum() > 0
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "convnext_tiny"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "wide_resnet50_2", "convnext_tiny"])
 def test_torchvision_loads_the_weights_and_agrees(arch):
     torch.manual_seed(0)
     ours = common.build_backbone(arch, 224, layer_scale=True).eval()

@@ -135,7 +135,8 @@ def encoded(args, backbone, x):
     """Normalized views (B, 3, H0, W0) -> local features (B, N, D), representations (B, D)."""
     parts = x.split(64)
     parts = progress(parts, len(parts), f"features of {len(x)} views")
-    maps, pooled = zip(*[backbone(part.to(args.device)) for part in parts])
+    chunks = [backbone(part.to(args.device)) for part in parts]
+    maps, pooled = zip(*chunks)
     return torch.cat(maps).cpu(), torch.cat(pooled).cpu()
 
 
@@ -305,7 +306,8 @@ def embedded(args, data, backbone, index, count):
 def show_query(args, ax, image, boxes):
     """The image and the patch nearest to --query -> its number, the middles (P, 2) of all."""
     middles = boxes[:, :2] + boxes[:, 2:] / 2
-    wanted = torch.tensor(args.query) * torch.tensor([image.height, image.width])
+    sides = torch.tensor([image.height, image.width])
+    wanted = torch.tensor(args.query) * sides
     query = (middles - wanted).norm(dim=1).argmin()
     show(ax, image, f"query: {args.scale:g} of the area", *image.size)
     outline(ax, boxes[query], WRONG)
@@ -394,7 +396,8 @@ def smoothed(values):
     """The mean of each value and its neighbours, a twentieth of all; the ends are repeated."""
     reach = len(values) // 40
     window = np.ones(2 * reach + 1)
-    return np.convolve(np.pad(values, reach, "edge"), window / len(window), "valid")
+    padded = np.pad(values, reach, "edge")
+    return np.convolve(padded, window / len(window), "valid")
 
 
 def curves(args, columns=3):

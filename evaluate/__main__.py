@@ -38,10 +38,10 @@ class Parser(argparse.ArgumentParser):
         raise common.UserError(f"{message}; see --help")
 
 
-def check(args, lowest, highest, otherwise=1):
-    """Raises UserError for a number among args that is out of these limits."""
+def check(args, lowest, highest):
+    """Raises UserError for a number among args that is out of these limits, or below 1."""
     for name, values in vars(args).items():
-        low, high = lowest.get(name, otherwise), highest.get(name, math.inf)
+        low, high = lowest.get(name, 1), highest.get(name, math.inf)
         for value in values if isinstance(values, list) else [values]:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and not low <= value <= high:

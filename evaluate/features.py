@@ -1,5 +1,4 @@
-"""What protocols start from: a checkpoint's backbone, and representations of a data set, whose
-images the processes share."""
+"""What protocols start from: a checkpoint's backbone, and representations of a data set."""
 import sys
 import time
 
@@ -15,7 +14,7 @@ import weights
 def add_flags(flag):
     """The flags of every command that starts from a checkpoint."""
     flag("--checkpoint", help="a run folder, a file of weights, or random: an untrained network")
-    flag("--arch", help="by default that of the run, or what the weights' names and shapes tell: "
+    flag("--arch", help="by default what the run or the weights tell; "
          + ", ".join(common.ARCHITECTURES))
     flag("--stem-padding", type=int, default=1, help="2 for solo-learn's ResNets of CIFAR")
     flag("--data", help="as in training; by default that of the run, or shapes")
@@ -177,8 +176,7 @@ def read_batches(data, view, args, batch_size):
     keys = [chunk.tolist() for chunk in chunks]
     loader = training.data_loader(views, args.workers, batch_sampler=keys,
                                   pin_memory=args.device.type == "cuda")
-    batches = progress(zip(chunks, loader), len(chunks), f"{len(data)} images")
-    for index, batch in batches:
+    for index, batch in progress(zip(chunks, loader), len(chunks), f"{len(data)} images"):
         if batch.broken.any():  # another image has taken the place of a broken one
             training.warn(f"{int(batch.broken.sum())} such image(s) have no part in the result")
             index = index[~batch.broken]
@@ -196,9 +194,7 @@ def pooled(backbone, x):
 @torch.no_grad()
 def features(backbone, data, args, read=pooled, view=center_view, batch_size=256):
     """Yields representations (b, D) in float32, labels and indices (b,) of this process's images.
-
-    view(image, size) -> V views; read(backbone, their inputs (b V, 3, size, size)) -> (b, D).
-    """
+    view(image, size) -> V views; read(backbone, their inputs (b V, 3, size, size)) -> (b, D)."""
     backbone.eval()
     for index, batch in read_batches(data, view, args, batch_size):
         x = to_input(batch.views.flatten(0, 1), args.device)

@@ -31,34 +31,29 @@ class MaskedShapes(shapes.Shapes):
 class Masked:
     """Images in a folder (all, or `images`) and masks of the same names in another, where `void`
     becomes 255. All are read once, before anything is computed. UserError names what is wrong."""
-
     def __init__(self, folder, masks, num_classes=None, void=VOID, images=None):
         if images is None and os.path.isdir(folder):
             images = common.find_images(folder)
         if not images:
-            raise common.UserError(f"no images in {folder}: give shapes, voc, ADE20K's folder, or "
-                                   "one with train/images, train/masks, val/images and val/masks "
-                                   "(or --masks NAME)")
+            raise common.UserError(f"no images in {folder}: --data is shapes, voc, or a folder: of "
+                                   "ADE20K, or of train/images, train/masks, val/images, val/masks")
         names = [images.name(i).replace(str(folder), str(masks), 1) for i in range(len(images))]
         self.images = images
         self.masks = common.Images([Path(name).with_suffix(".png") for name in names])
         self.void = void
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            ids = pool.map(self.ids, range(len(images)))
+            ids = pool.map(lambda i: np.setdiff1d(self.pair(i)[1], VOID), range(len(images)))
             ids = list(progress(ids, len(images), "reading masks"))
         say(f"{len(images)} masks with the classes {np.unique(np.concatenate(ids))}")
         largest = [found.max(initial=0) for found in ids]
         self.num_classes = num_classes or max(largest) + 1
         if max(largest) >= self.num_classes:
             worst = self.masks.name(np.argmax(largest))
-            raise common.UserError(f"{worst} holds the class id {max(largest)}, but there are "
-                                   f"{self.num_classes} classes")
+            raise common.UserError(f"{worst} holds the class id {max(largest)}; classes are 0 to "
+                                   f"{self.num_classes - 1}")
 
     def __len__(self):
         return len(self.images)
-
-    def ids(self, index):
-        return np.setdiff1d(self.pair(index)[1], VOID)
 
     def pair(self, index):
         """The RGB image and its mask, both PIL."""

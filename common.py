@@ -501,6 +501,7 @@ class Photometric:
     gray_p: float = 0.2
     blur_p: float = 0.0
     solarize_p: float = 0.0
+    size: int = 224  # of a run's whole views: blur is in proportion, the papers' 0.1 to 2 at 224
 
     def __call__(self, x):
         """x (B, 3, H0, W0) uint8 -> float32, normalized. Draws on the CPU, without a host sync."""
@@ -524,6 +525,7 @@ class Photometric:
                     apply(op, jittered & (order[:, place] == number), factors[:, number])
 
         apply(lambda x: gray(x).expand_as(x), torch.rand(n) < self.gray_p)
-        apply(gaussian_blur, torch.rand(n) < self.blur_p, 0.1 + 1.9 * torch.rand(n))
+        sigma = (0.1 + 1.9 * torch.rand(n)) * self.size / 224  # pixels
+        apply(gaussian_blur, torch.rand(n) < self.blur_p, sigma)
         apply(solarize, torch.rand(n) < self.solarize_p)
         return normalize(x)

@@ -40,7 +40,7 @@ Differences
     teacher's temperature rises at each step. Drop path is the student's only.
  7. The released ImageNet checkpoints have K = 32 (`--num-objects 32`), not A.1's 12.
  8. Ours: a ResNet's global representation is its average; BatchNorm in the teacher takes its own
-    batch; incomplete last batches are dropped; a linear classifier on the side reports accuracy.
+    batch; blur as in vicreg.py; no incomplete last batches; a linear classifier reports accuracy.
 """
 import argparse
 import copy
@@ -512,7 +512,7 @@ def train(args):
     optimizer = make_optimizer(student)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_1, augment_2 = [common.Photometric(**colour) for colour in COLOURS]
+    augment_1, augment_2 = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
         epoch = run.step / run.per_epoch
@@ -562,7 +562,7 @@ def train(args):
                 momentum=momentum, temperature=temp)
         run.end_step()  # saves as time goes by; stops on a signal
 
-    run.finish("knn", "correspond")
+    run.finish("knn", "retrieve --subsample 128 --runs 1")
 
 
 def head_widths(text):

@@ -562,7 +562,8 @@ class Run:
         here = Path(__file__).resolve().parent
         env = {**os.environ, "WORLD_SIZE": "1", "PYTHONPATH": str(here)}
         for protocol in protocols if self.rank == 0 else ():
-            command = ["-m", "evaluate", protocol, "--checkpoint", str(self.folder), "--baseline"]
+            command = ["-m", "evaluate", *protocol.split(), "--checkpoint", str(self.folder)]
+            command.append("--baseline")
             if (here / "evaluate").is_dir() and self.data.classes:
                 subprocess.run([sys.executable, *command], env=env, check=False)
             else:

@@ -435,7 +435,7 @@ RECIPES = {  # chosen by --arch or its family, else by --data, else imagenet's; 
                     epochs=600, batch_size=1024, base_lr=0.3, final_lr=0.0, weight_decay=1e-4,
                     warmup_epochs=10, num_matches=[7, 7], num_feature_matches=[7, 7]),
     "shapes": dict(arch="tiny_convnet", size=64, projector="1024-1024-1024",
-                   local_projector="128-128", epochs=7, batch_size=128, base_lr=8.0, final_lr=0.0,
+                   local_projector="128-128", epochs=4, batch_size=128, base_lr=8.0, final_lr=0.0,
                    weight_decay=1e-6, warmup_epochs=1),
 }
 
@@ -468,7 +468,7 @@ def train(args):
     optimizer = make_optimizer(args.arch, model, args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment = common.Photometric(**COLOURS[0])
+    augment = common.Photometric(**COLOURS[0], size=args.size)
     sample = functools.partial(sample_views, kinds=kinds, size=args.size)
     for batch in run.batches(sample):
         views = [augment(view) for view in batch.views]

@@ -208,9 +208,9 @@ def test_baseline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes.Shapes, "__len__", lambda self: 40)
     save_run(tmp_path)
     run_command(monkeypatch, f"knn --checkpoint {tmp_path} --baseline --workers 0")
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"k-NN of {tmp_path}: tiny_convnet for 32 pixels, on shapes, cpu"
-    printed = printed[1:]
+    told, *printed, explained = capsys.readouterr().out.splitlines()
+    assert told == f"k-NN of {tmp_path}: tiny_convnet for 32 pixels, on shapes, cpu"
+    assert explained.startswith("A validation image gets the class of most of its k nearest")
     header, first, second = [re.split(r"\s{2,}", line) for line in printed]
     assert header == ["k-NN on shapes, %", "20-NN", "20-NN weighted", "200-NN", "200-NN weighted"]
     name = f"{tmp_path.parent.name}/{tmp_path.name}"  # short

@@ -734,7 +734,8 @@ def test_correspond(monkeypatch):
     assert found["flip"] > 2 * found["chance"]
     assert found["location = feature"] > 2 * found["chance"]
     monkeypatch.setattr(correspond, "transformed", lambda x: features.to_input(x.flip(3), CPU))
-    assert correspond.run(Pixels(), data, settings())[""]["flip"] == 100
+    noise = common.Images(np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8))
+    assert correspond.run(Pixels(), noise, settings())[""]["flip"] == 100
     # an image whose color tells the place: the feature's match is that of the location
     y, x = np.mgrid[:256, :256]
     place = common.Images(np.stack(20 * [np.stack([y, x, 0 * x], 2)]).astype(np.uint8))

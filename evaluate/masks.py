@@ -45,7 +45,7 @@ class Masked:
             ids = pool.map(lambda i: np.setdiff1d(self.pair(i)[1], VOID), range(len(images)))
             ids = list(progress(ids, len(images), "reading masks"))
         say(f"{len(images)} masks with the classes {np.unique(np.concatenate(ids))}")
-        largest = [found.max(initial=0) for found in ids]
+        largest = [int(found.max(initial=0)) for found in ids]
         self.num_classes = num_classes or max(largest) + 1
         if max(largest) >= self.num_classes:
             worst = self.masks.name(np.argmax(largest))

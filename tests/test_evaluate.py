@@ -953,6 +953,20 @@ def test_voc(tmp_path, monkeypatch):
     assert train.num_classes == 21 and np.array(train.pair(0)[1]).tolist() == 6 * [8 * [20]]
 
 
+def test_many_classes(tmp_path, monkeypatch, capsys):
+    """A confusion of 200 classes: ids of 8 bits are not counted with in 8 bits."""
+    for part in ("train", "val"):
+        folder = striped(tmp_path, 2, 0, split=part) / part / "masks"
+        for path in folder.iterdir():
+            ids = np.array(Image.open(path))
+            ids[ids == 3] = 199
+            _save(ids, path)
+    for line in ("retrieve --subsample 1", "segment --steps 1 --batch-size 2 --lr 1"):
+        run_command(monkeypatch, f"{line} --checkpoint random --arch tiny_convnet --size 32 "
+                    f"--data {tmp_path} --workers 0")
+    assert "199: " in capsys.readouterr().out
+
+
 def test_crops_keep_image_and_mask_together(bands):
     crops = masks.Crops(open_bands(bands)[0], 32)
     for epoch in range(4):

@@ -19,7 +19,7 @@ NAME = "features"
 
 
 def add_flags(flag):
-    flag("--out", type=Path, default="features.npy", help="the file, which ends in .npy")
+    flag("--out", type=Path, required=True, help="the file, which ends in .npy")
 
 
 def prepare(args):

@@ -8,7 +8,7 @@ from torch import nn
 
 import common
 import training
-from evaluate.features import progress, say, summed
+from evaluate.features import progress, summed
 
 
 class Heads(nn.Module):
@@ -44,7 +44,6 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
     """Trains each head of a Heads at its own rate, the backbone at backbone_lr (None: frozen).
     batches: `total` pairs of input and target; schedule(progress, 0 to 1) -> all rates' factor."""
     model, ddp = training.distribute(model, device)
-    _, world = training.rank_and_world()
     groups = [dict(params=list(head.parameters())) for head in model.heads]
     peaks = list(lrs)
     if backbone_lr is not None:
@@ -60,9 +59,6 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
         losses.sum().backward()  # each head's gradient is its own: they share no parameter
         optimizer.step()
 
-    losses = summed(losses.detach()) / world
-    shown = [f"{loss:.3f}" for loss in losses.tolist()]
-    say(f"last losses: {', '.join(shown)}")
     if dist.is_initialized():  # BatchNorm's statistics on the CPU are each process's own
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

@@ -310,7 +310,7 @@ def test_why_labels_are_missing(classes, monkeypatch, capsys, rename, words):
     ("bag --bags 4 8", "squares"), ("bag --bags 0", "--bags 0"),
     ("segment --void 300", "--void 300"), ("segment --masks nowhere --data .", "no images in"),
     ("features --out x.txt", "x.txt must end in .npy"), ("features --out /proc/x/y.npy", "/proc/x"),
-    ("features --baseline", "--baseline"), ("knn --stem-padding -1", "--stem-padding -1"),
+    ("features --out x.npy --baseline", "--baseline"), ("features", "--out"), ("knn --stem-padding -1", "--stem-padding -1"),
     ("bag --patch-scale 1.5", "--patch-scale 1.5"), ("bag --patch-scale 0", "--patch-scale 0"),
     ("retrieve --subsample 0", "--subsample 0"), ("retrieve --subsample 8 -1", "--subsample -1"),
     ("retrieve --chunk 0", "--chunk 0"), ("retrieve --runs 0", "--runs 0"),

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import common
 import training
-from evaluate import bag, correspond, fewshot, knn, linear, retrieve, segment
+from evaluate import bag, correspond, detect, fewshot, knn, linear, retrieve, segment
 from evaluate.features import load, untrained
 
 PROTOCOLS = dict(knn=knn, linear=linear, fewshot=fewshot, segment=segment, retrieve=retrieve,
-                 correspond=correspond, bag=bag)
+                 correspond=correspond, bag=bag, detect=detect)
 LOWEST = dict(workers=0, lr=0, patch_scale=0.001)  # of all other numbers: 1
 HIGHEST = dict(workers=1024, size=4096, patch_scale=1)
 

@@ -65,7 +65,7 @@ def test_maps_are_row_major():
     assert changed[:4, 4:].sum() > 0.8 * changed.sum() > 0
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "convnext_tiny"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "wide_resnet50_2", "convnext_tiny"])
 def test_torchvision_loads_the_weights_and_agrees(arch):
     torch.manual_seed(0)
     ours = common.build_backbone(arch, 224, layer_scale=True).eval()
@@ -193,6 +193,8 @@ def test_folders(tmp_path):
     make_images(split / "test", 2)
     assert len(common.open_data(str(split))) == 4
     assert len(common.open_data(str(split), "val")) == 2
+    make_images(split / "valid", 3)
+    assert len(common.open_data(str(split), "val")) == 3
 
 
 def test_a_folder_with_masks_has_its_images_beside_them(tmp_path):
@@ -200,6 +202,9 @@ def test_a_folder_with_masks_has_its_images_beside_them(tmp_path):
     make_images(tmp_path / "train" / "masks", 3, classes=0)
     data = common.open_data(str(tmp_path))
     assert len(data) == 3 and "/images/" in data.name(0)
+    assert len(common.open_data(str(tmp_path / "train"))) == 3
+    assert len(common.open_data(str(tmp_path / "train" / "images"))) == 3
+    assert len(common.open_data(str(tmp_path / "train" / "masks"))) == 3
 
 
 def test_a_folder_in_DATA(tmp_path, monkeypatch):

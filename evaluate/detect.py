@@ -8,21 +8,19 @@ Mask R-CNN where the data has masks. AP in % is COCO's; what VOC calls difficult
     torchrun --nproc_per_node=8 -m evaluate detect --checkpoint resnet50.pth --arch resnet50 \\
         --data voc [--freeze]
 
---data: shapes; voc, that is VOCdevkit/VOC2007 and VOCdevkit/VOC2012 in $DATA; or a folder with
-  annotations/instances_NAME.json and NAME/, as of COCO: NAME is train..., val...
-  images/train/ and labels/train/, or train/images/ and train/labels/, as of YOLO; val likewise
+--data: shapes; voc: VOCdevkit/VOC2007 and VOC2012 in $DATA; a folder with COCO's annotations/
+instances_train2017.json, train2017/ and the same of val; or one with images/train/ and YOLO's
+labels/train/, or train/images/ and train/labels/, and the same of val.
 
-Batches, steps, rates and warmup are VICReg's; LC-loss gives COCO's 90,000 steps, and SCRL's way for
-VOC. YOLO folders have VOC's. Unsaid, as in detectron2: momentum 0.9, weight decay 1e-4, short sides
-of 480 (COCO: 640) to 800 pixels in training, then 800; BatchNorm in the pyramid.
+VOC's and COCO's steps, rates, warmup are VICReg's; LC-loss gives COCO's 90,000 steps and, for VOC,
+SCRL's way. YOLO: as VOC. Unsaid, as in detectron2: momentum 0.9, weight decay 1e-4, short sides of
+480 (COCO: 640) to 800 pixels in training and 800 after it; BatchNorm in the pyramid.
 Not as in the papers
  1. VICReg has a C4 backbone for VOC, not LC-loss's pyramid; LC-loss has RetinaNet for COCO's boxes.
  2. VOC: 101 recall points and matching as in COCO; detectron2 has VOC 2007's 11 points.
  3. ConvNeXts and ViTs: AdamW, 1e-4, weight decay 0.05. BatchNorm has the statistics of all
-    processes on CUDA, as in LC-loss, but each process's own on the CPU.
+    processes on CUDA, as in LC-loss; on the CPU each process has its own.
 """
-import functools
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -106,7 +104,7 @@ class Pyramid(nn.Module):
         self.levels = 4 if isinstance(backbone, common.ResNet | common.ConvNeXt) else 1
         coarser = LastLevelMaxPool() if self.levels == 4 else None
         with torch.no_grad():
-            x = torch.zeros(1, 3, 64, 64, device=next(backbone.parameters()).device)
+            x = next(backbone.parameters()).new_zeros(1, 3, 64, 64)
             maps = backbone.eval().stages(x)[-self.levels :]
         widths = [m.shape[1] for m in maps]
         self.fpn = FeaturePyramidNetwork(widths, dim, coarser, nn.BatchNorm2d)
@@ -122,8 +120,7 @@ def build(backbone, data, args):
     """torchvision's detector of the objects of `data` on a backbone. Anchors are 8 strides wide on
     each level of a pyramid; on a single one 2, 4, ..., 32 strides, as on VICReg's C4 backbone."""
     preset = PRESETS[data.form]
-    dim = preset["dim"]
-    pyramid = Pyramid(backbone, dim, args.bf16)
+    pyramid = Pyramid(backbone, preset["dim"], args.bf16)
     sides = [backbone.stride * 2**i for i in range(5)]  # the finest of four levels has an eighth
     anchors = [(side,) for side in sides]
     if pyramid.levels == 1:
@@ -134,10 +131,11 @@ def build(backbone, data, args):
 
     detector = MaskRCNN if data.has_masks else FasterRCNN
     model = detector(pyramid, classes, min_size=sizes[::-1], max_size=5 * args.size // 3,
-                     rpn_anchor_generator=anchors, box_batch_size_per_image=preset["regions"],
-                     rpn_post_nms_top_n_train=preset["proposals"],
-                     rpn_post_nms_top_n_test=preset["proposals"])
+                     rpn_anchor_generator=anchors, rpn_post_nms_top_n_train=preset["proposals"],
+                     rpn_post_nms_top_n_test=preset["proposals"],
+                     box_batch_size_per_image=preset["regions"])
     if data.has_masks:  # torchvision's heads, as wide as the pyramid
+        dim = preset["dim"]
         model.roi_heads.mask_head = MaskRCNNHeads(dim, 4 * [dim], 1)
         model.roi_heads.mask_predictor = MaskRCNNPredictor(dim, dim, classes)
     return model
@@ -151,41 +149,45 @@ def schedule(progress, warmup, drops):
     return min(1.0, (1 + 2 * progress / warmup) / 3) * 0.1**passed
 
 
-def to_float(image, device):
-    return image.to(device).float() / 255
+def moved(tensors, device):
+    return {name: x.to(device) for name, x in tensors.items()}
 
 
 def fine_tune(backbone, data, args):
     """A detector, trained with its backbone or, with args.freeze, on it."""
     torch.manual_seed(0)
     preset = PRESETS[data.form]
-    optimizer = functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4)
-    if isinstance(backbone, common.ConvNeXt | common.ViT):
-        optimizer = functools.partial(torch.optim.AdamW, weight_decay=0.05)
-        preset = preset | dict(lr=1e-4)
+    adam = isinstance(backbone, common.ConvNeXt | common.ViT)
     if args.lr is None:
-        args.lr = preset["lr"]
+        args.lr = 1e-4 if adam else preset["lr"]
     backbone.requires_grad_(not args.freeze)
-    model, ddp = training.distribute(build(backbone, data, args), args.device)
+    model = build(backbone, data, args).to(args.device, memory_format=torch.channels_last)
+    ddp = model
+    if dist.is_initialized():  # not training.distribute(): the processes' images differ in size
+        if args.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        ddp = nn.parallel.DistributedDataParallel(model)
     ddp.train()
     model.backbone.backbone.train(not args.freeze)
-    optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, momentum=0.9, weight_decay=1e-4)
+    if adam:
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
 
-    rank, _ = training.rank_and_world()
     order = shuffled(range(len(data)), args.steps, args)
     batches = training.data_loader(Loaded(data, True), args.workers, batch_sampler=order,
                                    collate_fn=list)
     for step, pairs in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(step / args.steps, preset["warmup"], preset["drops"])
-        images = [to_float(image, args.device) for image, _ in pairs]
-        targets = [{name: x.to(args.device) for name, x in target.items()} for _, target in pairs]
+        images = [image.to(args.device).float() / 255 for image, _ in pairs]
+        targets = [moved(target, args.device) for _, target in pairs]
         losses = ddp(images, targets)
         loss = sum(losses.values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % max(1, args.steps // 10) == 0 and rank == 0:
+        if (step + 1) % max(1, args.steps // 10) == 0 and training.rank_and_world()[0] == 0:
             shown = [f"{name} {value:.3f}" for name, value in losses.items()]
             print(f"step {step + 1}/{args.steps}", *shown, sep="  ", flush=True)
 
@@ -196,7 +198,7 @@ def fine_tune(backbone, data, args):
 
 
 @torch.no_grad()
-def evaluate(model, data, args):
+def measure(model, data, args):
     """AP in % of boxes, and of masks where the data has them."""
     kinds = ["boxes", "masks"] if data.has_masks else ["boxes"]
     averages = {kind: Average(kind, len(data.classes)) for kind in kinds}
@@ -204,17 +206,15 @@ def evaluate(model, data, args):
     order = [(0, index) for index in range(rank, len(data), world)]
     loader = training.data_loader(Loaded(data, False), args.workers, batch_size=None, sampler=order)
     for (_, index), (image, truth) in zip(order, loader):
-        (found,) = model([to_float(image, args.device)])
+        (found,) = model([image.to(args.device).float() / 255])
         if data.has_masks:
             found["masks"] = found["masks"][:, 0] >= 0.5  # (n, H0, W0)
-        found = {name: x.cpu() for name, x in found.items()}
         for average in averages.values():
-            average.add(index, found, truth)
+            average.add(index, moved(found, "cpu"), truth)
     return {kind: average.table(args.device) for kind, average in averages.items()}
 
 
 def run(backbone, data, args):
-    """AP in % on the validation part of a detector fine-tuned on the training part."""
+    """AP in % on the validation part of a detector that is trained on the training part."""
     train, val = data
-    model = fine_tune(backbone, train, args)
-    return evaluate(model, val, args)
+    return measure(fine_tune(backbone, train, args), val, args)

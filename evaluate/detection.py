@@ -133,7 +133,8 @@ class Average:
         found = {name: x[order] for name, x in found.items()}
         truth = {name: x.flip(0) for name, x in truth.items()}  # of equals, COCO takes the last
         verdicts, counted = judge(self.kind, found, truth)
-        self.counts.index_add_(0, truth["labels"], counted.T.double())
+        counted = counted.T.double()  # (G, A)
+        self.counts.index_add_(0, truth["labels"], counted)
         image = torch.full_like(order, index)
         about = [image, found["labels"], found["scores"]]
         about = torch.stack(about, 1)  # (n, 3)

@@ -372,13 +372,13 @@ def test_who_finds_all_has_100(tmp_path):
     scenes = objects.ShapesObjects("val", 48)
     scenes.length = 20
     for shift, low, high in ((0, 100, 100), (1, 5, 95)):
-        rows = detect.evaluate(Oracle(scenes, shift), scenes, settings())
+        rows = detect.measure(Oracle(scenes, shift), scenes, settings())
         assert list(rows) == ["boxes", "masks"]
         for row in rows.values():
             assert low <= row["AP"] <= high + 1e-9
             assert row["APl"] is None
     make_yolo(tmp_path)
-    (row,) = detect.evaluate(Oracle(opened(tmp_path)[1]), opened(tmp_path)[1], settings()).values()
+    (row,) = detect.measure(Oracle(opened(tmp_path)[1]), opened(tmp_path)[1], settings()).values()
     assert row["AP"] == pytest.approx(100)
 
 

@@ -202,7 +202,7 @@ def correspond(args, data, backbone, lines=15):
     sample = partial(lc_loss.sample_views, size=args.size)
     _, batch = sampled(args, data, args.index, sample)
     whole, crop = [view[None] for view in batch.views]
-    augment_c, augment_sc = [Photometric(**colours) for colours in lc_loss.COLOURS]
+    augment_c, augment_sc = [Photometric(**colours, size=args.size) for colours in lc_loss.COLOURS]
     cropped = torch.cat([augment_c(whole), augment_sc(crop)])
     mirrored = torch.cat([to_input(whole, "cpu"), transformed(whole)])
 
@@ -359,7 +359,7 @@ def views(args, data, _):
     figure, axes = panels(len(batch.views) // 2, 4)
     for i, (source, target) in enumerate(axes.reshape(-1, 2)):
         colours = method.COLOURS[i % len(method.COLOURS)]
-        augment = Photometric(**colours)
+        augment = Photometric(**colours, size=args.size)
         x = augment(batch.views[i][None])
         mirrored = ", mirrored" if batch.flips[i] else ""
         show(source, image, f"{args.method}: crop {i + 1}", *image.size)

@@ -613,7 +613,7 @@ def finishing(tmp_path, monkeypatch, classes, rank=0):
     finished.folder = tmp_path
     finished.rank = rank
     finished.data = common.Images([], classes=classes)
-    FINISH(finished, "knn", "linear")
+    FINISH(finished, "knn", "linear --no-augment")
     return commands
 
 
@@ -623,7 +623,8 @@ def test_a_run_ends_with_an_evaluation(tmp_path, monkeypatch, capsys):
     commands = finishing(tmp_path, monkeypatch, ["a", "b"])
     assert [command[:4] for command in commands] == [
         [sys.executable, "-m", "evaluate", "knn"], [sys.executable, "-m", "evaluate", "linear"]]
-    assert all(["--checkpoint", str(tmp_path)] == command[4:6] for command in commands)
+    assert commands[1][4] == "--no-augment"
+    assert all(command[-3:-1] == ["--checkpoint", str(tmp_path)] for command in commands)
     assert not finishing(tmp_path, monkeypatch, ["a", "b"], rank=1)
     assert f"{tmp_path} holds backbone.pt" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Detection: Faster or Mask R-CNN on a backbone. LC-loss, 4.2 and 4.4; VICReg, Appendix B.3
+"""Detection: Faster or Mask R-CNN on a backbone. LC-loss, 4.2 and 4.4; VICReg, Appendix B.4
 
 torchvision's detectors on a feature pyramid (FPN) over the stages of a ResNet or ConvNeXt, or over
 the last map of another backbone. The backbone is trained too, or not (--freeze; LC-loss, Table 4).

@@ -200,8 +200,8 @@ def open_objects(args):
                                "evaluate detect --help` says which files lie where") from error
     found = [o for _, objects in itertools.chain(*parts) for o in objects]
     names = sorted({o["name"] for o in found})
-    if not names:
-        raise common.UserError(f"no objects in the label files of {folder}")
+    if not names or not all(parts):
+        raise common.UserError(f"{folder} must hold images with objects, to train and to validate")
     numbers = {name: number for number, name in enumerate(names, 1)}
     for o in found:
         o["category_id"] = numbers[o["name"]]

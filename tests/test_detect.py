@@ -294,7 +294,6 @@ def test_mirrored_images_have_mirrored_objects():
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda root: None, "images with objects"),
-    (lambda root: (root / "images" / "val" / "a.jpg").unlink(), "images with objects"),
     (lambda root: save(root / "labels" / "train" / "a.txt", "1 0.5 0.5\n"), "not enough values"),
     (lambda root: save(root / "annotations" / "instances_train.json", "{"), "Expecting"),
     (lambda root: save(root / "annotations" / "x.json", "{}"), "--help"),
@@ -304,6 +303,14 @@ def test_bad_labels(tmp_path, spoil, words):
         save(tmp_path / "images" / split / "a.jpg", (8, 8))
     spoil(tmp_path)
     with pytest.raises(common.UserError, match=words):
+        opened(tmp_path)
+
+
+def test_a_part_without_images(tmp_path):
+    make_yolo(tmp_path)
+    for path in (tmp_path / "images" / "val").iterdir():
+        path.unlink()
+    with pytest.raises(common.UserError, match="images with objects"):
         opened(tmp_path)
 
 

@@ -202,7 +202,8 @@ def correspond(args, data, backbone, lines=15):
     sample = partial(lc_loss.sample_views, size=args.size)
     _, batch = sampled(args, data, args.index, sample)
     whole, crop = [view[None] for view in batch.views]
-    augment_c, augment_sc = [Photometric(**colours, size=args.size) for colours in lc_loss.COLOURS]
+    recolor = partial(Photometric, size=args.size)
+    augment_c, augment_sc = [recolor(**colours) for colours in lc_loss.COLOURS]
     cropped = torch.cat([augment_c(whole), augment_sc(crop)])
     mirrored = torch.cat([to_input(whole, "cpu"), transformed(whole)])
 
@@ -224,13 +225,15 @@ def correspond(args, data, backbone, lines=15):
         right = ((found - truths[i]).abs() <= 0.5 / grid).all(1)  # (N,)
         inside = valid[i].nonzero().flatten()  # (n,)
         shown = inside[torch.randperm(len(inside))[:lines]]
+        starts = at[shown]
+        ends = truths[i, shown]
 
         title = f"{name}: truth"
         styles = lines * [RIGHT]
-        connect(axes[:, 2 * i], visible(x), title, at[shown], truths[i, shown], styles)
+        connect(axes[:, 2 * i], visible(x), title, starts, ends, styles)
         title = f"{name}: {right[inside].sum()} of {len(inside)} right"
         styles = [RIGHT if ok else WRONG for ok in right[shown]]
-        connect(axes[:, 2 * i + 1], visible(x), title, at[shown], found[shown], styles)
+        connect(axes[:, 2 * i + 1], visible(x), title, starts, found[shown], styles)
     return figure
 
 
@@ -359,8 +362,8 @@ def views(args, data, _):
     figure, axes = panels(len(batch.views) // 2, 4)
     for i, (source, target) in enumerate(axes.reshape(-1, 2)):
         colours = method.COLOURS[i % len(method.COLOURS)]
-        augment = Photometric(**colours, size=args.size)
-        x = augment(batch.views[i][None])
+        recolor = Photometric(**colours, size=args.size)
+        x = recolor(batch.views[i][None])
         mirrored = ", mirrored" if batch.flips[i] else ""
         show(source, image, f"{args.method}: crop {i + 1}", *image.size)
         show(target, visible(x)[0], f"view {i + 1}: {x.shape[2]} pixels{mirrored}")

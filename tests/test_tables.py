@@ -1,4 +1,4 @@
-"""docs/tables.md and docs/data.md: each command is taken, each table has a row, conversions work."""
+"""docs/tables.md and docs/data.md: scripts take each command, each table has a row, conversions."""
 import importlib
 import json
 import re

@@ -296,11 +296,11 @@ def widths(text):
     return [int(width) for width in text.split("-")]
 
 
-def mlp(*widths):
+def mlp(*widths, norm=nn.BatchNorm1d):
     """The projector: linear layers; batch normalization and ReLU after all but the last."""
     layers = []
     for i, o in zip(widths[:-2], widths[1:-1]):
-        layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
+        layers += [nn.Linear(i, o), norm(o), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False))
 
 

@@ -18,7 +18,8 @@ from evaluate import masks
 
 TABLES = (ROOT / "docs" / "tables.md").read_text()
 DATA = (ROOT / "docs" / "data.md").read_text()
-SCRIPTS = (*[f"{method}.py" for method in METHODS], "visualize.py", "evaluate")
+TRAINING = {**{f"{method}.py": method for method in METHODS}, "docs.lc_dino": "docs.lc_dino"}
+SCRIPTS = (*TRAINING, "visualize.py", "evaluate")
 PAPERS = {  # what each paper numbers, as far as its text is at hand
     "VICReg": ["Figure 1", "Table 1", "Table 2", "Table 3", "Table 4a", "Table 4b", "Table 5",
                "Table 6", "Figure 2", "Figure 4", "Figure 5"],
@@ -50,8 +51,8 @@ def parsed(words, monkeypatch, capsys):
     """What a script's own parser makes of a command; its one line where it refuses it."""
     script, *flags = words
     monkeypatch.setattr(sys, "argv", [script, *flags])
-    if script.removesuffix(".py") in METHODS:
-        module = importlib.import_module(script.removesuffix(".py"))
+    if script in TRAINING:
+        module = importlib.import_module(TRAINING[script])
         taken = []
         monkeypatch.setattr(module, "train", taken.append)
         code = run(module.__name__, *flags)
@@ -85,7 +86,7 @@ def test_the_commands_are_those_of_the_scripts(monkeypatch, capsys):
         args = parsed(words, monkeypatch, capsys)
         assert args.data is None or args.data in named, words
         runs = [str(path) for path in args.runs] if words[1] == "curves" else []
-        if words[0].removesuffix(".py") in METHODS:
+        if words[0] in TRAINING:
             made.add(f"runs/{args.name}")
         elif args.checkpoint != "random":
             runs.append(args.checkpoint)

@@ -36,7 +36,7 @@ Differences
  7. C.4's 5 x 5 maps give 2 x 2 windows. Here 4 x 4 maps do so too, with smaller ones at the border.
  8. Learning rates are read as base rates. The recipes of shapes and small are our own. As in
     vicreg.py: no bias in the projector's last layer, residual branches start at zero, incomplete
-    batches are dropped, float32 losses, LARS, a linear classifier (here on detached bags).
+    batches are dropped, blur, float32 losses, LARS, a linear classifier (here on detached bags).
 """
 import argparse
 import functools
@@ -353,7 +353,7 @@ RECIPES = {  # chosen by --data, or by the number of its images; every flag over
                              batch_size=128, base_lr=0.8, weight_decay=1e-6),
     "cifar10": CIFAR,  # Appendix C.1; patches of 14 / 32 of the side
     "cifar100": CIFAR | dict(projector="4096-512", tcr_coeff=30.0),
-    "shapes": dict(arch="tiny_convnet", size=48, projector="1024-128", epochs=7, batch_size=128,
+    "shapes": dict(arch="tiny_convnet", size=48, projector="1024-128", epochs=5, batch_size=128,
                    base_lr=4.0, final_lr=0.0, weight_decay=1e-6, warmup_epochs=1, loss="simclr",
                    temperature=0.2),
 }
@@ -381,7 +381,7 @@ def train(args):
 
     sample = functools.partial(sample_patches, area=args.patch_scale, patches=args.patches,
                                size=args.size)
-    augment = [common.Photometric(**COLOURS[p % 2]) for p in range(args.patches)]
+    augment = [common.Photometric(**COLOURS[p % 2], size=args.size) for p in range(args.patches)]
     coefficients = {
         "vicreg": [args.inv_coeff, args.var_coeff, args.cov_coeff],
         "tcr": [args.tcr_coeff, args.tcr_eps],
@@ -407,7 +407,7 @@ def train(args):
         run.log(loss=loss, **parts, std=std, **accuracy, lr=lr)
         run.end_step()  # saves as time goes by; stops on a signal
 
-    run.finish("knn")
+    run.finish("knn", "bag --bags 1 16 --epochs 10")
 
 
 def main():

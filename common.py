@@ -49,8 +49,8 @@ class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet without its classifier. Images under 100 pixels get the small stem, a
     3x3 convolution of stride 1 without max-pooling: stride 8 instead of 32."""
 
-    def __init__(self, block, layers, size):
-        super().__init__(block, layers, zero_init_residual=True)
+    def __init__(self, block, layers, width, size):
+        super().__init__(block, layers, zero_init_residual=True, width_per_group=width)
         self.fc = nn.Identity()
         self.dim = 512 * block.expansion
         self.stride = 8 if size < 100 else 32
@@ -182,8 +182,11 @@ class TinyConvNet(nn.Sequential):
         return flat(self.stages(x)[-1])
 
 
-RESNETS = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet34": (BasicBlock, [3, 4, 6, 3]),
-           "resnet50": (Bottleneck, [3, 4, 6, 3])}
+RESNETS = {  # blocks of the four stages, and their inner width in the first one
+    "resnet18": (BasicBlock, [2, 2, 2, 2], 64), "resnet34": (BasicBlock, [3, 4, 6, 3], 64),
+    "resnet50": (Bottleneck, [3, 4, 6, 3], 64), "resnet101": (Bottleneck, [3, 4, 23, 3], 64),
+    "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3], 128),
+}
 CONVNEXTS = {  # widths and depths of the four stages
     "convnext_tiny": ((96, 192, 384, 768), (3, 3, 9, 3)),
     "convnext_small": ((96, 192, 384, 768), (3, 3, 27, 3)),
@@ -198,6 +201,7 @@ ARCHITECTURES = ["tiny_convnet", *RESNETS, *CONVNEXTS, *VITS]
 
 def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
     """A freshly initialized backbone for images of `size` pixels. Raises UserError."""
+    arch = arch.removesuffix("_224")  # timm's vit_small_patch16_224
     if arch in RESNETS:
         backbone = ResNet(*RESNETS[arch], size)
     elif arch in CONVNEXTS:
@@ -330,7 +334,7 @@ def open_downloaded(name, split, root):
 def open_data(name, split="train", size=64):
     """The part "train" or "val" of a data set, or None where a folder has none. name: shapes (for
     views of `size` pixels); cifar10, cifar100, stl10, voc (downloaded to $DATA or ./data); or a
-    folder, here or in $DATA, with train/ and val/ or test/, or of images. Raises UserError."""
+    folder, here or in $DATA, with train/ and val/ (or valid/, test/), or of images. UserError."""
     root = os.environ.get("DATA", "data")
     if name == "shapes":
         from shapes import Shapes
@@ -340,7 +344,7 @@ def open_data(name, split="train", size=64):
     folder = Path(name) if Path(name).is_dir() else Path(root, name)
     if not folder.is_dir():
         raise UserError(f"no data set '{name}': looked for it here, in {root}; try --data shapes")
-    names = ("train", ".") if split == "train" else ("val", "test")
+    names = ("train", ".") if split == "train" else ("val", "valid", "test")
     part = next((folder / name for name in names if (folder / name).is_dir()), None)
     if part is None:
         return None
@@ -497,6 +501,7 @@ class Photometric:
     gray_p: float = 0.2
     blur_p: float = 0.0
     solarize_p: float = 0.0
+    size: int = 224  # of a run's whole views: blur is in proportion, the papers' 0.1 to 2 at 224
 
     def __call__(self, x):
         """x (B, 3, H0, W0) uint8 -> float32, normalized. Draws on the CPU, without a host sync."""
@@ -520,6 +525,7 @@ class Photometric:
                     apply(op, jittered & (order[:, place] == number), factors[:, number])
 
         apply(lambda x: gray(x).expand_as(x), torch.rand(n) < self.gray_p)
-        apply(gaussian_blur, torch.rand(n) < self.blur_p, 0.1 + 1.9 * torch.rand(n))
+        sigma = (0.1 + 1.9 * torch.rand(n)) * self.size / 224  # pixels
+        apply(gaussian_blur, torch.rand(n) < self.blur_p, sigma)
         apply(solarize, torch.rand(n) < self.solarize_p)
         return normalize(x)

@@ -38,10 +38,9 @@ Differences
  6. "Exactly the same as in DINO" (A.1) is settled by the released code's arguments: ViT-S without
     gradient clipping, with free norms in the last layers; ViT-B with a recipe of its own. The
     teacher's temperature rises at each step. Drop path is the student's only.
- 7. The released ImageNet checkpoints have K = 32 (`--num-objects 32`), not A.1's 12. They reach
-    73.2 (ViT-S) and 74.9 (ViT-B) on Pascal VOC, where Table 1 has 72.1 and 73.2.
+ 7. The released ImageNet checkpoints have K = 32 (`--num-objects 32`), not A.1's 12.
  8. Ours: a ResNet's global representation is its average; BatchNorm in the teacher takes its own
-    batch; incomplete last batches are dropped; a linear classifier on the side reports accuracy.
+    batch; blur as in vicreg.py; no incomplete last batches; a linear classifier reports accuracy.
 """
 import argparse
 import copy
@@ -149,10 +148,8 @@ def joint_space_clustering(tokens, positions, num_objects, pos_weight, init=None
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = F.normalize(float32(tokens), dim=2)
         positions = float32(positions)
-        y, x = positions.unbind(2)  # (B, 2N) each
-        y_distances = y[:, :, None] - y[:, None]  # (B, 2N, 2N)
-        x_distances = x[:, :, None] - x[:, None]
-        distances = torch.hypot(y_distances, x_distances)
+        offsets = positions[:, :, None] - positions[:, None]  # (B, 2N, 2N, 2)
+        distances = torch.hypot(*offsets.unbind(3))
         distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
 
         # At first a cluster is its one starting token. All other locations are in none.
@@ -245,7 +242,6 @@ class MemoryBank(nn.Module):
 
     @property
     def ready(self):
-        """Whether it is full."""
         return self.pushed.item() >= self.objects.shape[1]
 
     def push(self, c_1, c_2):
@@ -492,6 +488,15 @@ def make_optimizer(student):
     return torch.optim.AdamW([dict(params=weights), dict(params=others, weight_decay=0.0)])
 
 
+def check_sizes(args, grid, images):
+    """Raises UserError where the clusters or the bank are impossible."""
+    from common import UserError
+    if args.num_objects > 2 * grid**2:
+        raise UserError(f"--num-objects {args.num_objects}: two views have {2 * grid**2} locations")
+    if args.bank_images >= images:
+        raise UserError(f"--bank-images {args.bank_images}: give less than {images}, all images")
+
+
 def train(args):
     import common
     import training
@@ -500,19 +505,14 @@ def train(args):
     backbone = training.build_backbone(args)
     grid = common.grid_of(args.size, backbone.stride)
     args.bank_images = args.bank_images or min(25_000, len(data) // 2)
-    if args.num_objects > 2 * grid**2:
-        raise common.UserError(f"--num-objects {args.num_objects}: two views have {2 * grid**2} "
-                               "locations")
-    if args.bank_images >= len(data):
-        raise common.UserError(f"--bank-images {args.bank_images}: give less than {len(data)}, all "
-                               "images")
+    check_sizes(args, grid, len(data))
     student = Student(backbone, args.head, len(data.classes), args.norm_last_layer)
     student, ddp = training.distribute(student, device)  # not all: DDP would send the bank as well
     model = CrIBo(student, args.num_objects, args.pos_weight, args.bank_images).to(device)
     optimizer = make_optimizer(student)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_1, augment_2 = [common.Photometric(**colour) for colour in COLOURS]
+    augment_1, augment_2 = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
         epoch = run.step / run.per_epoch
@@ -562,7 +562,7 @@ def train(args):
                 momentum=momentum, temperature=temp)
         run.end_step()  # saves as time goes by; stops on a signal
 
-    run.finish("knn", "correspond")
+    run.finish("knn", "retrieve --subsample 128 --runs 1")
 
 
 def head_widths(text):

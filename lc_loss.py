@@ -29,7 +29,7 @@ Differences
  7. The local branch has a ReLU after its BatchNorm. As in BYOL's code, last layers have no bias.
  8. `--local-loss mse` (Table 6) has a predictor, as BYOL's own loss: without it, it collapses.
  9. The recipes of shapes and small are our own. As in vicreg.py (its Differences 3, 4) are LARS,
-    precision, initialization, dropped batches, and the linear classifier, which sees I_sc.
+    precision, initialization, blur, dropped batches, and the linear classifier, which sees I_sc.
 10. Names: the paper's I_t and p_t are I_sc and p_sc here. Its pooled f is the representation y; our
     f_c and f_sc are the local projections of its maps F.
 """
@@ -260,8 +260,8 @@ RECIPES = {  # chosen by --data, or by the number of its images; every flag over
     "small": dict(arch="resnet18", size=160, projector="2048-256", epochs=400, batch_size=128,
                   base_lr=0.8, final_lr=0.0, weight_decay=1e-6, warmup_epochs=10,
                   momentum=0.99, alpha=0.1),
-    "shapes": dict(arch="tiny_convnet", size=64, projector="1024-256", epochs=7, batch_size=128,
-                   base_lr=8.0, final_lr=0.0, weight_decay=1e-6, warmup_epochs=1,
+    "shapes": dict(arch="tiny_convnet", size=64, projector="1024-256", epochs=4, batch_size=128,
+                   base_lr=4.0, final_lr=0.0, weight_decay=1e-6, warmup_epochs=1,
                    momentum=0.97, alpha=0.5),
 }
 
@@ -278,7 +278,7 @@ def train(args):
     optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_c, augment_sc = [common.Photometric(**colour) for colour in COLOURS]
+    augment_c, augment_sc = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
         x_c = augment_c(batch.views[0])

@@ -30,7 +30,8 @@ def wave(texture, u, v, frequency, phase):
 
 
 class Shapes:
-    """Scenes of five to seven textured objects: one of any class, the others of the label's."""
+    """Scenes of two or three textured objects of one class, the label. They are large, so that a
+    crop shows the class, and gray: colours would tell scenes apart more easily than classes do."""
 
     classes = [f"{texture} {outline}" for outline in OUTLINES for texture in TEXTURES]
 
@@ -46,7 +47,7 @@ class Shapes:
         return f"shapes scene {index}"
 
     def digest(self):
-        return f"{self.seed} {self.size}"
+        return f"gray {self.seed} {self.size}"
 
     def label(self, index):
         return int(np.random.default_rng((self.seed, index)).integers(12))
@@ -58,31 +59,30 @@ class Shapes:
         """Image (size, size, 3) and mask (size, size), uint8: 0 is the ground, else 1 + class."""
         rng = np.random.default_rng((self.seed, index))
         label = rng.integers(12)  # the first draw, as in label()
-        ground = Image.fromarray(rng.integers(50, 200, (12, 12), np.uint8))
-        ground = ground.resize((self.size, self.size))  # bicubic
-        image = np.array(ground.convert("RGB"))
-        mask = np.zeros_like(image[..., 0])
-        self.draw(image, mask, rng.integers(12), rng)
-        for _ in range(rng.integers(4, 7)):
+        ground = Image.fromarray(rng.integers(110, 140, (12, 12), np.uint8))
+        image = np.array(ground.resize((self.size, self.size)))  # bicubic
+        mask = np.zeros_like(image)
+        for _ in range(rng.integers(2, 4)):
             self.draw(image, mask, label, rng)
-        return image, mask
+        return np.stack(3 * [image], 2), mask
 
     def draw(self, image, mask, kind, rng):
-        """Draws an object of this class at a random place, size, rotation and in random colours."""
-        radius = rng.uniform(0.16, 0.26) * self.size  # in pixels
-        y, x = rng.uniform(radius, self.size - radius, 2)
+        """Draws an object of this class: at a random place, of random size, rotation and shades."""
+        radius = rng.uniform(0.3, 0.4) * self.size  # in pixels
+        y, x = rng.uniform(radius, self.size - radius, 2).tolist()
         rows = slice(int(y - radius), int(y + radius) + 2)
         columns = slice(int(x - radius), int(x + radius) + 2)
-        dy = (np.arange(self.size)[rows, None] - y) / radius
-        dx = (np.arange(self.size)[None, columns] - x) / radius
+        pixels = np.arange(self.size, dtype=np.float32)
+        dy = (pixels[rows, None] - y) / radius
+        dx = (pixels[None, columns] - x) / radius
         turn = rng.uniform(0, 2 * math.pi)
         u = math.cos(turn) * dx - math.sin(turn) * dy
         v = math.sin(turn) * dx + math.cos(turn) * dy
-        frequency, phase = rng.uniform((13, 0), (18, 2 * math.pi))
-        values = wave(TEXTURES[kind % 3], u, v, frequency, phase)
-        share = (0.5 + values).clip(0, 1)[..., None]  # (h, w, 1)
-        dark = rng.uniform(0, 120, 3)
-        light = rng.uniform(110, 255, 3)
+        frequency = rng.uniform(8, 12)
+        phase = rng.uniform(0, 2 * math.pi)
+        share = (0.5 + wave(TEXTURES[kind % 3], u, v, frequency, phase)).clip(0, 1)
+        dark = rng.uniform(20, 60)
+        light = rng.uniform(190, 235)
         inside = np.hypot(u, v) < edge(OUTLINES[kind // 3], np.arctan2(v, u))
         image[rows, columns][inside] = (dark + (light - dark) * share)[inside]
         mask[rows, columns][inside] = kind + 1

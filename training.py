@@ -154,7 +154,7 @@ def parse_args(parser, recipes, limits):
     flag = parser.add_argument
     flag("--data", default="shapes", help="or cifar10, cifar100, stl10, voc, a folder of images")
     flag("--recipe", choices=recipes, help="defaults of other flags; else by --arch and --data")
-    flag("--arch", help=", ".join(ARCHITECTURES))
+    flag("--arch", type=lambda name: name.removesuffix("_224"), help=", ".join(ARCHITECTURES))
     flag("--init", metavar="WEIGHTS", help="backbone to start from: a run, or a file of weights")
     flag("--size", type=int, help="side of a view in pixels")
     flag("--epochs", type=int, help="passes over the data")
@@ -408,7 +408,7 @@ class Run:
         write(self.folder / "backbone.json", lambda file: file.write(about))
 
         for key, value in self.settings.items():
-            say(f"  {key:16} {value}")
+            say(f"  {key:20} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
         where = f"processes: {self.world} on {self.device.type}"
         say(f"{self.folder}: {start} of {self.total}, {where}")
@@ -417,7 +417,7 @@ class Run:
             for folder, count in Counter(map(os.path.dirname, paths)).most_common(10):
                 say(f"  {count} images in {printable(folder)}")
         if self.step == self.total:
-            say("It is finished: another --name trains anew, with --init from these weights.")
+            say("It is finished. Another --name trains anew; --init starts from its weights.")
         if self.args.warmup_epochs >= self.args.epochs:
             warn("the learning rate does not reach its peak: give fewer --warmup-epochs")
 
@@ -562,7 +562,8 @@ class Run:
         here = Path(__file__).resolve().parent
         env = {**os.environ, "WORLD_SIZE": "1", "PYTHONPATH": str(here)}
         for protocol in protocols if self.rank == 0 else ():
-            command = ["-m", "evaluate", protocol, "--checkpoint", str(self.folder), "--baseline"]
+            command = ["-m", "evaluate", *protocol.split(), "--checkpoint", str(self.folder)]
+            command.append("--baseline")
             if (here / "evaluate").is_dir() and self.data.classes:
                 subprocess.run([sys.executable, *command], env=env, check=False)
             else:

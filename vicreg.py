@@ -24,7 +24,7 @@ Differences
  3. Where n < D, Eq. (4) comes from the Gram matrix: the same number. The loss is in float32.
  4. From the released code: no bias in the projector's last layer; residual branches start at zero;
     LARS (eta 0.001) on weights alone; variance and covariance over all processes; blur of 0.1 to 2
-    pixels. Ours: no incomplete batches; a linear classifier on the side, which alone sees labels.
+    pixels at 224. Ours: in proportion elsewhere; whole batches; a linear probe alone sees labels.
  5. cifar10, cifar100 and imagenet100 follow "Bag of Image Patch Embedding" (Appendix C.1, C.2): its
     learning rates are read as base rates. Those of shapes and small are this project's own.
 """
@@ -223,7 +223,7 @@ RECIPES = {  # chosen by --data, or by the number of its images; every flag over
                              batch_size=128, base_lr=0.8, final_lr=0.0, weight_decay=1e-6),
     "cifar10": CIFAR,
     "cifar100": CIFAR | dict(projector="4096-512"),
-    "shapes": dict(arch="tiny_convnet", size=64, projector="1024-1024-1024", epochs=7,
+    "shapes": dict(arch="tiny_convnet", size=64, projector="1024-1024-1024", epochs=5,
                    batch_size=128, base_lr=8.0, final_lr=0.0, weight_decay=1e-6, warmup_epochs=1),
 }
 
@@ -240,7 +240,7 @@ def train(args):
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
     area, colours = VIEWS[args.views]
-    augment_a, augment_b = [common.Photometric(**colour) for colour in colours]
+    augment_a, augment_b = [common.Photometric(**colour, size=args.size) for colour in colours]
     sample = functools.partial(sample_views, area=area, size=args.size)
     for batch in run.batches(sample):
         x_a = augment_a(batch.views[0])

@@ -19,7 +19,7 @@ nearest. The closest matches of each kind go through VICReg's criterion.
     Algorithm 1, lines 4-19   train                   Eq. (2)     location_distances, match
     Algorithm 1, lines 21-40  local_criterion         Eq. (4)     vicregl_loss
     Algorithm 1, filter_best  closest                 Appendix C  positions
-    Algorithm 1, lines 42-59  vicreg_loss             VICReg Eq. (10)  correlation
+    Algorithm 1, lines 42-59  vicreg_loss             lines 22-29 alone  --match place
 
 Differences
  1. The released code halves variance and covariance: `--var-coeff 12.5 --cov-coeff 0.5` gives its
@@ -278,32 +278,33 @@ def weighted_sum(*criteria):
 
 
 def local_criterion(map_a, map_b, pos_a, pos_b, num_matches=20, num_feature_matches=20,
-                    inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
+                    inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0, match_by="both"):
     """Algorithm 1, local_criterion: one direction, from a to b.
 
     maps (B, N, D), pos (B, N, 2) in pixels -> the loss, and its terms, unweighted; of P pairs of
     views, maps (B, P, N, D) and pos (B, P, N, 2), the mean of P losses. num_matches by location,
-    num_feature_matches by feature: gamma, how many to keep; None or 0: all. A collective, once
-    differentiable. Raises as vicreg_loss() does.
+    num_feature_matches by feature: gamma, how many to keep; None or 0: all. match_by: "place",
+    "content" or both. A collective, once differentiable. Raises as vicreg_loss() does.
     """
     coefficients = (inv_coeff, var_coeff, cov_coeff)
     map_a = float32(map_a)
     map_b = float32(map_b)
+    criteria = []
 
-    # Location-based loss function: lines 22-29
-    distances = location_distances(pos_a, pos_b)
-    map_a_filtered, map_a_nn_filtered = match(map_a, map_b, distances, num_matches)
-    location = vicreg_loss(map_a_filtered, map_a_nn_filtered, *coefficients)
+    if match_by != "content":  # Location-based loss function: lines 22-29
+        distances = location_distances(pos_a, pos_b)
+        map_a_filtered, map_a_nn_filtered = match(map_a, map_b, distances, num_matches)
+        criteria.append((1, vicreg_loss(map_a_filtered, map_a_nn_filtered, *coefficients)))
 
-    # Feature-based loss function: lines 31-38
-    distances = feature_distances(map_a, map_b)
-    map_a_filtered, map_a_nn_filtered = match(map_a, map_b, distances, num_feature_matches)
-    feature = vicreg_loss(map_a_filtered, map_a_nn_filtered, *coefficients)
+    if match_by != "place":  # Feature-based loss function: lines 31-38
+        distances = feature_distances(map_a, map_b)
+        map_a_filtered, map_a_nn_filtered = match(map_a, map_b, distances, num_feature_matches)
+        criteria.append((1, vicreg_loss(map_a_filtered, map_a_nn_filtered, *coefficients)))
 
-    return weighted_sum((1, location), (1, feature))
+    return weighted_sum(*criteria)
 
 
-def mean_local_criterion(maps, pos, num_matches, num_feature_matches, *coefficients):
+def mean_local_criterion(maps, pos, num_matches, num_feature_matches, *options):
     """local_criterion() averaged over the pairs of vicregl_loss() and both directions of each."""
     from_large = (num_matches[0], num_feature_matches[0])
     from_small = (num_matches[-1], num_feature_matches[-1])
@@ -314,7 +315,7 @@ def mean_local_criterion(maps, pos, num_matches, num_feature_matches, *coefficie
         map_b = torch.stack([maps[view] for view in b], 1)
         pos_a = torch.stack([pos[view] for view in a], 1)  # (B, P, N, 2)
         pos_b = torch.stack([pos[view] for view in b], 1)
-        return local_criterion(map_a, map_b, pos_a, pos_b, *numbers, *coefficients)
+        return local_criterion(map_a, map_b, pos_a, pos_b, *numbers, *options)
 
     between_large = mean_over([0, 1], [1, 0], from_large)
     if len(maps) == 2:
@@ -343,14 +344,15 @@ def mean_global_criterion(z, inv_coeff, var_coeff, cov_coeff):
 
 
 def vicregl_loss(embeddings, maps, pos, alpha=0.75, num_matches=(20, 20),
-                 num_feature_matches=(20, 20), inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
+                 num_feature_matches=(20, 20), inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0,
+                 match_by="both"):
     """Eq. (4): alpha * global + (1 - alpha) * local. Algorithm 1, lines 13-15.
 
     embeddings V x (B, D), maps V x (B, N, D), pos V x (B, N, 2) in pixels: of two large views, then
     small ones -> the loss, and the terms of both criteria, unweighted, averaged over pairs of views
     (i, j), i one of the first two, j any other. At alpha 1 the local terms are not computed, at 0
     the global ones. num_matches, num_feature_matches: as in local_criterion(), from large views and
-    from small ones. A collective, once differentiable. Raises as vicreg_loss() does.
+    from small ones; match_by: as there. A collective, once differentiable. Raises as vicreg_loss().
     """
     coefficients = (inv_coeff, var_coeff, cov_coeff)
     loss = 0.0
@@ -359,18 +361,11 @@ def vicregl_loss(embeddings, maps, pos, alpha=0.75, num_matches=(20, 20),
         global_loss, parts = mean_global_criterion(embeddings, *coefficients)
         loss = alpha * global_loss
     if alpha < 1:
-        local_loss, local_parts = mean_local_criterion(maps, pos, num_matches,
-                                                       num_feature_matches, *coefficients)
+        local_loss, local_parts = mean_local_criterion(
+            maps, pos, num_matches, num_feature_matches, *coefficients, match_by)
         loss = loss + (1 - alpha) * local_loss
         parts |= {f"local_{name}": term for name, term in local_parts.items()}
     return loss, parts
-
-
-def correlation(y):
-    """Mean squared correlation between dimensions of representations y (B, D). VICReg Eq. (10)."""
-    c = torch.corrcoef(y.detach().float().T).nan_to_num()  # (D, D); a constant dimension has none
-    squares = c.square().sum() - c.diagonal().square().sum()
-    return squares / (len(c) * (len(c) - 1))
 
 
 # --- 3. Model -------------------------------------------------------------------------------------
@@ -405,7 +400,7 @@ class VICRegL(nn.Module):
     def forward(self, views):
         """V views (B, 3, H0, W0), those of one size in a row -> embeddings V x (B, widths[-1]),
         local features V x (B, N, local_widths[-1]), each [] without its projector, and of the first
-        view the representations (B, D), detached, and logits (B, classes) or None."""
+        view the logits (B, classes) or None."""
         embeddings = []
         maps = []
         representations = []
@@ -419,9 +414,8 @@ class VICRegL(nn.Module):
                 local = self.local_projector(features.flatten(0, 1))  # (vB N, D)
                 local = local.unflatten(0, features.shape[:2])  # (vB, N, D)
                 maps += local.chunk(len(group))
-        y_a = representations[0]
-        logits = self.probe(y_a) if self.probe else None
-        return embeddings, maps, y_a, logits
+        logits = self.probe(representations[0]) if self.probe else None
+        return embeddings, maps, logits
 
 
 # --- 4. Training ----------------------------------------------------------------------------------
@@ -441,7 +435,7 @@ RECIPES = {  # chosen by --arch or its family, else by --data, else imagenet's; 
                     epochs=600, batch_size=1024, base_lr=0.3, final_lr=0.0, weight_decay=1e-4,
                     warmup_epochs=10, num_matches=[7, 7], num_feature_matches=[7, 7]),
     "shapes": dict(arch="tiny_convnet", size=64, projector="1024-1024-1024",
-                   local_projector="128-128", epochs=7, batch_size=128, base_lr=8.0, final_lr=0.0,
+                   local_projector="128-128", epochs=4, batch_size=128, base_lr=8.0, final_lr=0.0,
                    weight_decay=1e-6, warmup_epochs=1),
 }
 
@@ -474,17 +468,17 @@ def train(args):
     optimizer = make_optimizer(args.arch, model, args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment = common.Photometric(**COLOURS[0])
+    augment = common.Photometric(**COLOURS[0], size=args.size)
     sample = functools.partial(sample_views, kinds=kinds, size=args.size)
     for batch in run.batches(sample):
         views = [augment(view) for view in batch.views]
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            embeddings, maps, y_a, logits = ddp(views)
+            embeddings, maps, logits = ddp(views)
         pos = map_positions(batch.boxes, batch.flips, maps)
         loss, parts = vicregl_loss(embeddings, maps, pos, args.alpha, args.num_matches,
                                    args.num_feature_matches, args.inv_coeff, args.var_coeff,
-                                   args.cov_coeff)
+                                   args.cov_coeff, args.match)
         probe_loss, accuracy = training.probe(logits, batch.labels)
 
         lr = run.set_lr()
@@ -494,7 +488,7 @@ def train(args):
 
         if embeddings:
             parts["std"] = embeddings[0].detach().float().std(0).mean()
-        run.log(loss=loss, **parts, corr=correlation(y_a), **accuracy, lr=lr)
+        run.log(loss=loss, **parts, **accuracy, lr=lr)
         run.end_step()  # saves as time goes by; stops on a signal
 
     run.finish("knn", "correspond")
@@ -512,6 +506,7 @@ def main():
     numbers = dict(type=int, nargs=2, default=[20, 20], metavar=("LARGE", "SMALL"))
     flag("--num-matches", **numbers, help="location matches from a large, a small view; 0: all")
     flag("--num-feature-matches", **numbers, help="the same for feature matches")
+    flag("--match", default="both", choices=["place", "content", "both"], help="locations by what")
     flag("--inv-coeff", type=float, default=25.0, help="lambda, weight of the invariance term")
     flag("--var-coeff", type=float, default=25.0, help="mu, weight of the variance term")
     flag("--cov-coeff", type=float, default=1.0, help="nu, weight of the covariance term")

@@ -31,7 +31,7 @@ import cribo
 import lc_loss
 import training
 import vicregl
-from common import Photometric, UserError, Views, normalize
+from common import Photometric, UserError, Views, grid_of, normalize
 from evaluate.__main__ import Parser
 from evaluate.bag import load_projector
 from evaluate.correspond import transformed
@@ -138,13 +138,6 @@ def encoded(args, backbone, x):
     return torch.cat(maps).cpu(), torch.cat(pooled).cpu()
 
 
-def grid_side(args, backbone):
-    """Locations along a side of a view. Raises UserError where they do not cover it."""
-    if args.size % backbone.stride:
-        raise UserError(f"--size {args.size}: it must be a multiple of {backbone.stride}")
-    return args.size // backbone.stride
-
-
 def centres(grid):
     """Centres (N, 2) of a view's N = grid^2 locations, row by row, in units of its sides."""
     line = (torch.arange(grid) + 0.5) / grid
@@ -191,7 +184,7 @@ def matches(args, data, backbone):
         outline(axes[0, 0], batch.boxes[i], style, f"view {i + 1}{mirrored}")
     axes[0, 0].legend(loc="upper center", bbox_to_anchor=(0.5, 0))
 
-    at = centres(grid_side(args, backbone))
+    at = centres(grid_of(args.size, backbone.stride))
     styles = [dict(color=colour) for colour in args.num_matches * COLOURS]
     pairs = ((1, "by feature", by_feature), (2, "by place", by_place))
     for column, title, distances in pairs:
@@ -209,7 +202,7 @@ def correspond(args, data, backbone, lines=15):
     sample = partial(lc_loss.sample_views, size=args.size)
     _, batch = sampled(args, data, args.index, sample)
     whole, crop = [view[None] for view in batch.views]
-    augment_c, augment_sc = [Photometric(**colours) for colours in lc_loss.COLOURS]
+    augment_c, augment_sc = [Photometric(**colours, size=args.size) for colours in lc_loss.COLOURS]
     cropped = torch.cat([augment_c(whole), augment_sc(crop)])
     mirrored = torch.cat([to_input(whole, "cpu"), transformed(whole)])
 
@@ -217,7 +210,7 @@ def correspond(args, data, backbone, lines=15):
     boxes = batch.boxes.flip(0)
     flips = torch.tensor([batch.flips[1], True])
     seconds = batch._replace(boxes=boxes, flips=flips)
-    grid = grid_side(args, backbone)
+    grid = grid_of(args.size, backbone.stride)
     _, truths, valid = paired_points(lc_loss, seconds, grid)
 
     figure, axes = panels(2, 4)
@@ -244,9 +237,9 @@ def correspond(args, data, backbone, lines=15):
 def objects(args, data, backbone, batch_size=32):
     """CrIBo, Figs. 3-4: the objects in both views of an image, each with the nearest in a bank.
     Blue frames: the cycle of Eq. (4) holds in a batch of images; orange, dashed: it does not."""
-    cribo.check_sizes(args, backbone.stride, len(data))
+    grid = grid_of(args.size, backbone.stride)
+    cribo.check_sizes(args, grid, len(data))
     indices = image_and_others(args, data, args.bank_images + batch_size - 1)
-    grid = args.size // backbone.stride
     sample = partial(cribo.sample_views, size=args.size)
     batches = [sampled(args, data, index, sample)[1] for index in indices]
     batch = default_collate(batches)
@@ -366,7 +359,7 @@ def views(args, data, _):
     figure, axes = panels(len(batch.views) // 2, 4)
     for i, (source, target) in enumerate(axes.reshape(-1, 2)):
         colours = method.COLOURS[i % len(method.COLOURS)]
-        augment = Photometric(**colours)
+        augment = Photometric(**colours, size=args.size)
         x = augment(batch.views[i][None])
         mirrored = ", mirrored" if batch.flips[i] else ""
         show(source, image, f"{args.method}: crop {i + 1}", *image.size)

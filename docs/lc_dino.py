@@ -99,7 +99,8 @@ def train(args):
     optimizer = cribo.make_optimizer(student)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_c, augment_sc = [common.Photometric(**colour) for colour in lc_loss.COLOURS]
+    augment_c, augment_sc = [common.Photometric(**colour, size=args.size)
+                             for colour in lc_loss.COLOURS]
 
     for batch in run.batches(functools.partial(lc_loss.sample_views, size=args.size)):
         epoch = run.step / run.per_epoch

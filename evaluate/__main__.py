@@ -127,6 +127,7 @@ def main():
             result = dict(title=title, rows=rows, settings=settings)
             write_line(folder / f"{args.protocol}.jsonl", result)
         print_table(title, rows)
+        training.say(PROTOCOLS[args.protocol].__doc__.split("\n\n")[1])  # what it shows
 
 
 if __name__ == "__main__":

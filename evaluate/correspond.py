@@ -28,7 +28,7 @@ def transformed(x):
     """LC-loss's transformation in 4.6: images (B, 3, H0, W0), uint8 -> mirrored and recolored
     inputs. Draws with torch's global generator."""
     jitter = (0.4, 0.4, 0.2, 0.1)
-    recolor = common.Photometric(jitter, jitter_p=0.8, gray_p=0.2, blur_p=0.5)
+    recolor = common.Photometric(jitter, blur_p=0.5, size=x.shape[3])
     return recolor(x.flip(3))
 
 

@@ -65,7 +65,7 @@ def test_maps_are_row_major():
     assert changed[:4, 4:].sum() > 0.8 * changed.sum() > 0
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "convnext_tiny"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "wide_resnet50_2", "convnext_tiny"])
 def test_torchvision_loads_the_weights_and_agrees(arch):
     torch.manual_seed(0)
     ours = common.build_backbone(arch, 224, layer_scale=True).eval()
@@ -193,6 +193,8 @@ def test_folders(tmp_path):
     make_images(split / "test", 2)
     assert len(common.open_data(str(split))) == 4
     assert len(common.open_data(str(split), "val")) == 2
+    make_images(split / "valid", 3)
+    assert len(common.open_data(str(split), "val")) == 3
 
 
 def test_a_folder_with_masks_has_its_images_beside_them(tmp_path):
@@ -200,6 +202,9 @@ def test_a_folder_with_masks_has_its_images_beside_them(tmp_path):
     make_images(tmp_path / "train" / "masks", 3, classes=0)
     data = common.open_data(str(tmp_path))
     assert len(data) == 3 and "/images/" in data.name(0)
+    assert len(common.open_data(str(tmp_path / "train"))) == 3
+    assert len(common.open_data(str(tmp_path / "train" / "images"))) == 3
+    assert len(common.open_data(str(tmp_path / "train" / "masks"))) == 3
 
 
 def test_a_folder_in_DATA(tmp_path, monkeypatch):
@@ -285,17 +290,17 @@ def test_shapes_are_deterministic_at_any_size():
         image, mask = shapes.Shapes("train", size).scene(5)
         assert image.shape == (size, size, 3) and mask.shape == (size, size)
 
-    agree, ground = 0, []
+    ground = []
     for i in range(200):
-        mask = a.scene(i)[1]
-        areas = np.bincount(mask.ravel(), minlength=13)
-        agree += areas[1:].argmax() == a.label(i)
-        ground.append(areas[0] / areas.sum())
-    assert agree > 170 and 0.5 < np.mean(ground) < 0.9  # the label's class covers the most
+        image, mask = a.scene(i)
+        assert set(np.unique(mask)) == {0, 1 + a.label(i)}
+        assert (image == image[:, :, :1]).all()  # gray
+        ground.append((mask == 0).mean())
+    assert 0.5 < np.mean(ground) < 0.9
     assert set(range(12)) == {a.label(i) for i in range(200)}
 
 
-def test_raw_pixels_do_not_tell_the_class_of_a_scene():
+def test_raw_pixels_tell_little_of_the_class_of_a_scene():
     def raw(split, count):
         data = shapes.Shapes(split, 64)
         x = torch.tensor(np.stack([data.scene(i)[0] for i in range(count)]))
@@ -306,7 +311,7 @@ def test_raw_pixels_do_not_tell_the_class_of_a_scene():
     queries, targets = raw("val", 500)
     neighbours = y[(queries @ x.T).topk(20).indices]  # (500, 20)
     votes = F.one_hot(neighbours, 12).sum(1).argmax(1)
-    assert (votes == targets).float().mean() < 1.5 / 12
+    assert (votes == targets).float().mean() < 0.25  # chance 0.08, after training 0.4 to 0.6
 
 
 # --- views ----------------------------------------------------------------------------------------
@@ -440,6 +445,22 @@ def test_photometric_draws_once_a_sample():
     assert 0.7 < some.float().mean() < 0.9
     assert len(y[some].flatten(1).unique(dim=0)) == some.sum()  # each its own factors
     assert torch.equal(y, changed(**jitter)[1])
+
+
+def test_blur_is_in_proportion_to_the_size(monkeypatch):
+    seen = []
+
+    def note(x, sigma):
+        seen.append(sigma)
+        return x
+
+    monkeypatch.setattr(common, "gaussian_blur", note)
+    for size in (224, 56):  # also for multicrop's small views: the field says the whole ones' size
+        torch.manual_seed(0)
+        common.Photometric(blur_p=1, size=size)(torch.zeros(2000, 3, 2, 2).byte())
+    sigma = torch.cat(seen).view(2, -1)
+    assert 0.1 <= sigma[0].min() < 0.11 and 1.99 < sigma[0].max() <= 2  # the papers' at 224
+    torch.testing.assert_close(sigma[1], sigma[0] / 4)
 
 
 @pytest.mark.parametrize("number,strength", [(0, 0.4), (1, 0.4), (2, 0.2), (3, 0.1)])

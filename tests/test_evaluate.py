@@ -207,7 +207,8 @@ def test_baseline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes.Shapes, "__len__", lambda self: 40)
     save_run(tmp_path)
     run_command(monkeypatch, f"knn --checkpoint {tmp_path} --baseline --workers 0")
-    printed = capsys.readouterr().out.splitlines()
+    *printed, explained = capsys.readouterr().out.splitlines()
+    assert explained.startswith("A validation image gets the class of most of its k nearest")
     header, first, second = [re.split(r"\s{2,}", line) for line in printed]
     assert header == ["k-NN on shapes, %", "20-NN", "20-NN weighted", "200-NN", "200-NN weighted"]
     assert first[0] == str(tmp_path) and second[0] == "random initialisation"

@@ -255,7 +255,7 @@ z_a, z_b, _, _ = module.VICReg(Net(), (8, 8))(x_a, x_b)
 loss, parts = module.vicreg_loss(z_a, z_b)
 """,
     "vicregl": """
-embeddings, maps, _, _ = module.VICRegL(Net(), (8, 8), (6, 6))([x_a, x_b])
+embeddings, maps, _ = module.VICRegL(Net(), (8, 8), (6, 6))([x_a, x_b])
 loss, parts = module.vicregl_loss(embeddings, maps, module.map_positions(both, flips, maps))
 """,
     "lc_loss": """

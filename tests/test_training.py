@@ -136,6 +136,7 @@ def test_a_recipe_gives_the_defaults(monkeypatch, tmp_path):
     args = args_of("--data", flowers)
     assert args.recipe == "small" and args.batch_size == 128 and args.name == "vicreg-flowers"
     assert args_of("--data", "voc").recipe == "small"  # without a download
+    assert args_of("--arch", "vit_tiny_patch16_224").arch == "vit_tiny_patch16"
     assert args_of("--data", flowers, "--recipe", "imagenet").batch_size == 2048
     monkeypatch.setattr(training, "FEW_IMAGES", 4)
     args = args_of("--data", flowers)
@@ -387,7 +388,7 @@ def test_a_finished_run_has_nothing_left_to_do(flags, undisturbed, tmp_path, cap
     shutil.copytree(undisturbed("vicreg"), tmp_path / "again")
     assert run("vicreg", *flags("vicreg"), "--out", tmp_path, "--name", "again") == 0
     said = capsys.readouterr()
-    assert f"resumed at step {STEPS}" in said.out and "It is finished: another --name" in said.out
+    assert f"resumed at step {STEPS}" in said.out and "It is finished. Another --name" in said.out
     assert "has changed" not in said.err
     assert_same(undisturbed("vicreg"), tmp_path / "again")
 
@@ -612,7 +613,7 @@ def finishing(tmp_path, monkeypatch, classes, rank=0):
     finished.folder = tmp_path
     finished.rank = rank
     finished.data = common.Images([], classes=classes)
-    FINISH(finished, "knn", "linear")
+    FINISH(finished, "knn", "linear --no-augment")
     return commands
 
 
@@ -622,7 +623,8 @@ def test_a_run_ends_with_an_evaluation(tmp_path, monkeypatch, capsys):
     commands = finishing(tmp_path, monkeypatch, ["a", "b"])
     assert [command[:4] for command in commands] == [
         [sys.executable, "-m", "evaluate", "knn"], [sys.executable, "-m", "evaluate", "linear"]]
-    assert all(["--checkpoint", str(tmp_path)] == command[4:6] for command in commands)
+    assert commands[1][4] == "--no-augment"
+    assert all(command[-3:-1] == ["--checkpoint", str(tmp_path)] for command in commands)
     assert not finishing(tmp_path, monkeypatch, ["a", "b"], rank=1)
     assert f"{tmp_path} holds backbone.pt" in capsys.readouterr().out
 

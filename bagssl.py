@@ -380,7 +380,7 @@ def train(args):
 
     sample = functools.partial(sample_patches, area=args.patch_scale, patches=args.patches,
                                size=args.size)
-    augment = [common.Photometric(**COLOURS[p % 2], size=args.size) for p in range(args.patches)]
+    colours = [common.Photometric(**COLOURS[p % 2], size=args.size) for p in range(args.patches)]
     coefficients = {
         "vicreg": [args.inv_coeff, args.var_coeff, args.cov_coeff],
         "tcr": [args.tcr_coeff, args.tcr_eps],
@@ -389,7 +389,7 @@ def train(args):
     }[args.loss]
 
     for batch in run.batches(sample):
-        patches = [colour(x) for colour, x in zip(augment, batch.views)]
+        patches = common.recolour(colours, batch.views)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             projections, logits = ddp(patches)

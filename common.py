@@ -67,22 +67,29 @@ class ResNet(torchvision.models.ResNet):
         return flat(self.stages(x)[-1])
 
 
+class PlainBlock(CNBlock):
+    """ConvNeXt's block without LayerScale."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        del self.layer_scale
+
+    def forward(self, x):
+        return x + self.stochastic_depth(self.block(x))
+
+
 class ConvNeXt(torchvision.models.ConvNeXt):
     """torchvision's ConvNeXt without its classifier, and without LayerScale, as VICRegL has it: its
     `pooled` is the mean of the normalized map. With LayerScale it is torchvision's network."""
 
     def __init__(self, widths, depths, drop_path, layer_scale):
         stages = [CNBlockConfig(*c) for c in zip(widths, (*widths[1:], None), depths)]
-        super().__init__(stages, stochastic_depth_prob=drop_path)
+        block = CNBlock if layer_scale else PlainBlock
+        super().__init__(stages, stochastic_depth_prob=drop_path, block=block)
         self.classifier[2] = nn.Identity()
         self.dim = widths[-1]
         self.stride = 32
         self.layer_scale = layer_scale
-        if not layer_scale:
-            for block in self.modules():
-                if isinstance(block, CNBlock):
-                    del block.layer_scale  # a parameter, which torchvision multiplies with
-                    block.layer_scale = 1.0
 
     def stages(self, x):
         *maps, x = outputs(self.features, x)[1::2]  # stem, stage, downsampling, stage, ...
@@ -439,12 +446,16 @@ class Batches:
 
 def gray(x):
     r, g, b = x.split(1, 1)  # numbers, not a tensor of them: the GPU would wait for the host
-    return 0.2989 * r + 0.587 * g + 0.114 * b
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
-def blend(x, other, factor):
-    """`factor` of images x and 1 - factor of others, in [0, 1]."""
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
+def blend(x, weights):
+    """Brightness, contrast or saturation: the sum, in [0, 1], of images x, of their mean gray and
+    of their gray, each by its `weights` (B, 3)."""
+    own, to_mean, to_gray = weights[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
+    g = gray(x)
+    other = (to_gray * g).add_(to_mean * g.mean((2, 3), keepdim=True))  # (B, 1, H0, W0)
+    return torch.addcmul(other, own, x).clamp_(0, 1)
 
 
 def adjust_hue(x, factor):
@@ -454,9 +465,9 @@ def adjust_hue(x, factor):
     v = x.amax(1, keepdim=True)
     c = v - x.amin(1, keepdim=True)
     h = torch.where(v == r, g - b, torch.where(v == g, 2 * c + b - r, 4 * c + r - g))
-    h = h / c.clamp(min=1e-12) + 6 * factor
-    k = (h + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6  # (B, 3, H0, W0)
-    return v - c * torch.minimum(k, 4 - k).clamp(0, 1)
+    h = h.div_(c.clamp(min=1e-12)).add_(6 * factor)
+    k = (h + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)).remainder_(6)  # (B, 3, H0, W0)
+    return v - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(c)
 
 
 def gaussian_blur(x, sigma, kernel=23):
@@ -483,49 +494,70 @@ def normalize(x):
     return torch.stack([(r - 0.485) / 0.229, (g - 0.456) / 0.224, (b - 0.406) / 0.225], 1)
 
 
-JITTER = (  # brightness, contrast, saturation, hue, each by factors (B, 1, 1, 1)
-    lambda x, factor: blend(x, 0, factor),
-    lambda x, factor: blend(x, gray(x).mean((2, 3), keepdim=True), factor),
-    lambda x, factor: blend(x, gray(x), factor),
-    adjust_hue,
-)
-
-
 @dataclasses.dataclass
 class Photometric:
     """Colour augmentation of a batch on its device, with one draw a sample: jitter in random order,
     grayscale, blur, solarize, normalize. Each op is torchvision's for the same factors."""
 
-    jitter: tuple = (0, 0, 0, 0)  # strengths of JITTER, as torchvision's ColorJitter takes them
+    jitter: tuple = (0, 0, 0, 0)  # strengths of brightness, contrast, saturation, hue
     jitter_p: float = 0.8  # probabilities
     gray_p: float = 0.2
     blur_p: float = 0.0
     solarize_p: float = 0.0
     size: int = 224  # of a run's whole views: blur is in proportion, the papers' 0.1 to 2 at 224
 
-    def __call__(self, x):
-        """x (B, 3, H0, W0) uint8 -> float32, normalized. Draws on the CPU, without a host sync."""
-        n = len(x)
-        x = x.float() / 255
-
-        def apply(op, chosen, *factors):
-            i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
-            if len(i):
-                factors = [f[chosen].to(x.device, non_blocking=True) for f in factors]
-                x[i] = op(x[i], *factors)
-
+    def draw(self, n):
+        """For n images, on the CPU: jittered (n,), order (n, 4) of brightness, contrast, saturation
+        and hue, change (n, 4) by each, grayed, blurred, its sigma, solarized (n,)."""
         jittered = torch.rand(n) < self.jitter_p
         order = torch.rand(n, 4).argsort(1)
-        neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
         change = torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)
-        factors = (neutral + change).view(n, 4, 1, 1, 1)
-        for place in range(4):
-            for number, op in enumerate(JITTER):
-                if self.jitter[number]:
-                    apply(op, jittered & (order[:, place] == number), factors[:, number])
-
-        apply(lambda x: gray(x).expand_as(x), torch.rand(n) < self.gray_p)
+        grayed = torch.rand(n) < self.gray_p
+        blurred = torch.rand(n) < self.blur_p
         sigma = (0.1 + 1.9 * torch.rand(n)) * self.size / 224  # pixels
-        apply(gaussian_blur, torch.rand(n) < self.blur_p, sigma)
-        apply(solarize, torch.rand(n) < self.solarize_p)
-        return normalize(x)
+        return jittered, order, change, grayed, blurred, sigma, torch.rand(n) < self.solarize_p
+
+    def __call__(self, x):
+        """x (B, 3, H0, W0) uint8 -> float32, normalized."""
+        (x,) = recolour([self], [x])
+        return x
+
+
+def recolour(colours, views):
+    """V views (B, 3, H0, W0), uint8, each by its Photometric -> float32, normalized. Those of one
+    size in a row are one batch, for fewer launches. Draws on the CPU, without a host sync."""
+    done = []
+    for _, group in itertools.groupby(zip(colours, views), lambda pair: pair[1].shape):
+        done += _recolour(*zip(*group))
+    return done
+
+
+def _recolour(colours, views):
+    draws = [colour.draw(len(view)) for colour, view in zip(colours, views)]
+    jittered, order, change, grayed, blurred, sigma, solarized = map(torch.cat, zip(*draws))
+    hue_place = (order == 3).int().argmax(1)
+    x = torch.cat(views).float() / 255
+    at_once = len(x) if x.is_cuda else 1 + 2**19 // x[0].numel()  # what a CPU's cache holds
+
+    def apply(op, chosen, *factors):
+        for i in chosen.nonzero().flatten().split(at_once):
+            if len(i):
+                factors_i = [f[i].to(x.device, non_blocking=True) for f in factors]
+                i = i.to(x.device, non_blocking=True)
+                x[i] = op(x[i], *factors_i)
+
+    def apply_blend(place, chosen):
+        op = order[:, place : place + 1]  # (n, 1): brightness 0, contrast 1, saturation 2
+        factor = 1 + change.gather(1, op)
+        rest = 1 - factor
+        apply(blend, chosen, torch.cat([factor, rest * (op == 1), rest * (op == 2)], 1))
+
+    for place in range(3):  # what precedes hue, hue, which takes the most launches, and the rest
+        apply_blend(place, jittered & (place < hue_place))
+    apply(adjust_hue, jittered, change[:, 3].view(-1, 1, 1, 1))
+    for place in range(1, 4):
+        apply_blend(place, jittered & (place > hue_place))
+    apply(lambda x: gray(x).expand_as(x), grayed)
+    apply(gaussian_blur, blurred, sigma)
+    apply(solarize, solarized)
+    return normalize(x).chunk(len(views))

@@ -177,59 +177,78 @@ def joint_space_clustering(tokens, positions, num_objects, pos_weight, init=None
         return F.normalize(views, p=1, dim=2).flatten(1, 2)
 
 
-def object_representations(z_1, z_2, assignment):
+def in_both_views(assignment):
+    """Which objects of an assignment (B, 2N, K) have locations in both views: (B, K) bool."""
+    q_1, q_2 = assignment.chunk(2, 1)  # (B, N, K) each
+    return (q_1.sum(1) > 0) & (q_2.sum(1) > 0)
+
+
+def object_representations(z_1, z_2, assignment, count=None):
     """Mean local features of each object that is in both views. Eq. (1).
 
-    z_1, z_2 (B, N, D), assignment Q (B, 2N, K) -> c_1, c_2 (M, D), image by image; valid (B, K).
+    z_1, z_2 (B, N, D), assignment Q (B, 2N, K), count: M, which spares a host sync
+    -> c_1, c_2 (M, D), image by image; valid (B, K).
     """
     with torch.autocast(z_1.device.type, enabled=False):
         q_1, q_2 = assignment.chunk(2, 1)  # (B, N, K) each
-        valid = (q_1.sum(1) > 0) & (q_2.sum(1) > 0)  # (B, K)
         c_1 = q_1.mT @ z_1.to(q_1.dtype)  # (B, K, N) (B, N, D) -> (B, K, D)
         c_2 = q_2.mT @ z_2.to(q_2.dtype)
-    kept = valid.nonzero(as_tuple=True)  # image by image
-    return c_1[kept], c_2[kept], valid
+    valid = in_both_views(assignment)
+    kept = valid.flatten().argsort(descending=True, stable=True)  # image by image
+    kept = kept[: valid.sum() if count is None else count]  # (M,)
+    return c_1.flatten(0, 1)[kept], c_2.flatten(0, 1)[kept], valid
 
 
 @torch.no_grad()
-def nearest(queries, rows, chunk=8_192):
+def nearest(queries, rows, chunk=None):
     """The index (M,) of the row (R, D) of largest cosine to each query (M, D). Eq. (2).
 
     Only M x chunk cosines exist at a time. On CUDA rows in bfloat16 are compared in float16.
     """
-    half = rows.is_cuda and rows.dtype == torch.bfloat16
+    if chunk is None:
+        chunk = 65_536 if rows.is_cuda else 8_192
+    if not len(queries):  # max() refuses no rows, which a batch without objects has
+        return torch.zeros(0, dtype=torch.long, device=rows.device)
+    found = []
     with torch.autocast(rows.device.type, enabled=False):
         queries = F.normalize(queries.float(), dim=1)
-        best = queries.new_full((len(queries),), -torch.inf)
-        index = torch.zeros_like(best, dtype=torch.long)
-        for start in range(0, len(rows), chunk):
-            part = F.normalize(rows[start : start + chunk].float(), dim=1)  # (chunk, D)
-            if half:
-                cosines = torch.mm(queries.half(), part.half().T, out_dtype=torch.float32)
+        half = queries.half()
+        for part in rows.split(chunk):
+            part = F.normalize(part.float(), dim=1)  # (chunk, D)
+            if rows.is_cuda and rows.dtype == torch.bfloat16:
+                cosines = torch.mm(half, part.half().T, out_dtype=torch.float32)
             else:
                 cosines = queries @ part.T  # (M, D) (D, chunk) -> (M, chunk)
-            value, i = cosines.max(1)  # (M,) each
-            index = torch.where(value > best, start + i, index)
-            best = torch.maximum(best, value)
-    return index
+            found.append(cosines.max(1))
+    values, indices = map(torch.stack, zip(*found))  # (chunks, M) each
+    best = values.argmax(0, keepdim=True)
+    return (chunk * best + indices.gather(0, best))[0]
 
 
 @torch.no_grad()
-def all_objects(c):
-    """Objects (M, D) of each process, M its own -> those of all, and where this process's begin."""
+def all_counts(count):
+    """`count` () of each process, a list. A collective, and a host sync."""
+    if not dist.is_initialized():
+        return [count.item()]
+    counts = count.new_zeros(dist.get_world_size())
+    counts[dist.get_rank()] = count
+    dist.all_reduce(counts)
+    return counts.tolist()
+
+
+@torch.no_grad()
+def all_objects(c, counts=None):
+    """Objects (M, D) of each process, M its own -> those of all, and where this process's begin.
+    counts: M of each process, which spares a host sync."""
     if not dist.is_initialized():
         return c.detach(), 0
-    rank = dist.get_rank()
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=c.device)
-    counts[rank] = len(c)
-    dist.all_reduce(counts)
-    counts = counts.tolist()
-
+    if counts is None:
+        counts = all_counts(torch.tensor(len(c), device=c.device))
     padded = F.pad(c, (0, 0, 0, max(counts) - len(c)))  # all_gather wants equal shapes
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
     rows = [part[:count] for part, count in zip(gathered, counts)]
-    return torch.cat(rows), sum(counts[:rank])
+    return torch.cat(rows), sum(counts[: dist.get_rank()])
 
 
 class MemoryBank(nn.Module):
@@ -244,10 +263,11 @@ class MemoryBank(nn.Module):
     def ready(self):
         return self.pushed.item() >= self.objects.shape[1]
 
-    def push(self, c_1, c_2):
-        """Adds objects (M, D) of each process in place of the oldest ones. A collective."""
+    def push(self, c_1, c_2, counts=None):
+        """Adds objects (M, D) of each process in place of the oldest ones. A collective; counts: as
+        in all_objects()."""
         size = self.objects.shape[1]
-        both, _ = all_objects(torch.cat([c_1, c_2], 1))  # (G M, 2D)
+        both, _ = all_objects(torch.cat([c_1, c_2], 1), counts)  # (G M, 2D)
         both = both[-size:].to(self.objects.dtype)
         slots = (self.pushed + torch.arange(len(both), device=both.device)) % size
         self.objects[:, slots] = torch.stack(both.chunk(2, 1))  # (2, G M, D)
@@ -255,12 +275,12 @@ class MemoryBank(nn.Module):
 
 
 @torch.no_grad()
-def cycle_consistent_matches(c_1, c_2, bank):
+def cycle_consistent_matches(c_1, c_2, bank, counts=None):
     """Nearest neighbours of objects c_1, c_2 (M, D) in a MemoryBank that is ready: nn_1, nn_2 (M,),
     indices into M_1 and M_2; and whether to trust them: ok_1, ok_2 (M,) bool. A collective."""
     m_1, m_2 = bank.objects
     torch._assert_async(bank.pushed >= len(m_1), "the bank is not full: see MemoryBank.ready")
-    both, first = all_objects(torch.cat([c_1, c_2], 1))  # (G M, 2D)
+    both, first = all_objects(torch.cat([c_1, c_2], 1), counts)  # (G M, 2D)
     b_1, b_2 = both.chunk(2, 1)
     own = first + torch.arange(len(c_1), device=c_1.device)  # (M,): where c_1 is in b_1
 
@@ -389,12 +409,12 @@ class Student(nn.Module):
         self.head = Head(backbone.dim, *widths, norm_last_layer)
         self.probe = nn.Linear(backbone.dim, num_classes) if num_classes else None
 
-    def forward(self, x, assignment):
-        """Views x (2B, 3, H0, W0), assignment (B, 2N, K) -> logits of images (2B, L), of objects
-        (2M, L), and of the first views' classes (B, classes) or None."""
+    def forward(self, x, assignment, count=None):
+        """Views x (2B, 3, H0, W0), assignment (B, 2N, K), count: M, where it is known -> logits of
+        images (2B, L), of objects (2M, L), and of the first views' classes (B, classes) or None."""
         z, z_bar = self.backbone(x)  # (2B, N, D), (2B, D)
         z_1, z_2 = z.chunk(2)  # (B, N, D) each
-        c_1, c_2, _ = object_representations(z_1, z_2, assignment)  # (M, D) each
+        c_1, c_2, _ = object_representations(z_1, z_2, assignment, count)  # (M, D) each
         image_logits, object_logits = self.head(z_bar, torch.cat([c_1, c_2]))
         first_views = z_bar.detach()[: len(z_1)]
         logits = self.probe(first_views) if self.probe else None
@@ -432,19 +452,21 @@ class CrIBo(nn.Module):
         z_1, z_2 = z.chunk(2)  # (B, N, D) each
         z_cat = torch.cat([z_1, z_2], 1)  # (B, 2N, D)
         assignment = joint_space_clustering(z_cat, positions, self.num_objects, self.pos_weight)
-        c_1, c_2, _ = object_representations(z_1, z_2, assignment)  # (M, D) each
+        counts = all_counts(in_both_views(assignment).sum())
+        own = counts[dist.get_rank() if dist.is_initialized() else 0]
+        c_1, c_2, _ = object_representations(z_1, z_2, assignment, own)  # (M, D) each
 
         c = torch.cat([c_1, c_2])  # (2M, D)
         trusted = torch.arange(0, device=c.device)
         neighbours = c[:0]
         if match:
-            nn_1, nn_2, ok_1, ok_2 = cycle_consistent_matches(c_1, c_2, self.bank)
+            nn_1, nn_2, ok_1, ok_2 = cycle_consistent_matches(c_1, c_2, self.bank, counts)
             ok = torch.cat([ok_1, ok_2]) | (not cycle)
             trusted = ok.nonzero().flatten()  # (T,) of the 2M
             m_1, m_2 = self.bank.objects
             neighbours = torch.cat([m_1[nn_1], m_2[nn_2]])  # (2M, D)
             neighbours = neighbours[trusted].to(c.dtype)  # (T, D)
-        self.bank.push(c_1, c_2)
+        self.bank.push(c_1, c_2, counts)
 
         image, objects = self.head(z_bar, torch.cat([c, neighbours]))  # (2B, L), (2M + T, L)
         objects, neighbours = objects.split([len(c), len(trusted)])
@@ -485,7 +507,8 @@ def make_optimizer(student):
     """AdamW with two groups: weights, which decay, and biases and normalization, which do not."""
     weights = [p for p in student.parameters() if p.ndim > 1 and p.requires_grad]
     others = [p for p in student.parameters() if p.ndim == 1]
-    return torch.optim.AdamW([dict(params=weights), dict(params=others, weight_decay=0.0)])
+    groups = [dict(params=weights), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def check_sizes(args, grid, images):
@@ -512,7 +535,7 @@ def train(args):
     optimizer = make_optimizer(student)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_1, augment_2 = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
+    colours = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
         epoch = run.step / run.per_epoch
@@ -522,14 +545,12 @@ def train(args):
             raise common.UserError(f"--bank-images {args.bank_images}: one epoch's objects do not "
                                    f"fill the bank: give {most} or less, and another --name")
 
-        x_1 = augment_1(batch.views[0])
-        x_2 = augment_2(batch.views[1])
-        x = torch.cat([x_1, x_2])  # (2B, 3, H0, W0)
+        x = torch.cat(common.recolour(colours, batch.views))  # (2B, 3, H0, W0)
         pos = joint_positions(batch.boxes, batch.flips, grid)  # (B, 2N, 2)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             assignment, z_bar, targets = model(x, pos, match, args.cycle)
-            image_logits, object_logits, logits = ddp(x, assignment)
+            image_logits, object_logits, logits = ddp(x, assignment, len(targets.objects) // 2)
         rise = epoch / args.temp_warmup_epochs if epoch < args.temp_warmup_epochs else 1
         temp = 0.04 + rise * (args.teacher_temp - 0.04)
         loss, parts = cribo_loss(

@@ -278,11 +278,10 @@ def train(args):
     optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_c, augment_sc = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
+    colours = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
 
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
-        x_c = augment_c(batch.views[0])
-        x_sc = augment_sc(batch.views[1])
+        x_c, x_sc = common.recolour(colours, batch.views)
         points, valid = correspondences(batch.boxes[:, 1], batch.flips[:, 1], batch.sizes, grid)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):

@@ -162,9 +162,10 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
 
 def correlation(y):
     """Mean squared correlation between dimensions of representations y (B, D). Eq. (10)."""
-    c = torch.corrcoef(y.detach().float().T).nan_to_num()  # (D, D); a constant dimension has none
-    squares = c.square().sum() - c.diagonal().square().sum()
-    return squares / (len(c) * (len(c) - 1))
+    y = y.detach().float().T
+    y = F.normalize(y - y.mean(1, keepdim=True))  # (D, B); a constant dimension is 0
+    c = y @ y.T  # (D, B) (B, D) -> (D, D)
+    return c.square().fill_diagonal_(0).sum() / (len(c) * (len(c) - 1))
 
 
 # --- 3. Model -------------------------------------------------------------------------------------
@@ -240,11 +241,10 @@ def train(args):
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
     area, colours = VIEWS[args.views]
-    augment_a, augment_b = [common.Photometric(**colour, size=args.size) for colour in colours]
+    colours = [common.Photometric(**colour, size=args.size) for colour in colours]
     sample = functools.partial(sample_views, area=area, size=args.size)
     for batch in run.batches(sample):
-        x_a = augment_a(batch.views[0])
-        x_b = augment_b(batch.views[1])
+        x_a, x_b = common.recolour(colours, batch.views)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             z_a, z_b, y_a, logits = ddp(x_a, x_b)

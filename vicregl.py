@@ -99,14 +99,15 @@ def positions(boxes, flips, grid):
 def map_positions(boxes, flips, maps):
     """boxes (B, V, 4), flips (B, V), maps V x (B, N, D) of square views -> positions V x (B, N, 2).
     Raises ValueError where N is no square."""
-    found = []
-    for view, features in enumerate(maps):
-        grid = math.isqrt(features.shape[1])
-        if grid**2 != features.shape[1]:
-            raise ValueError(f"a map of {features.shape[1]} locations is not square")
-        pos = positions(boxes[:, view], flips[:, view], grid)
-        found.append(pos.flatten(1, 2))  # (B, grid, grid, 2) -> (B, N, 2)
-    return found
+    found = {}
+    numbers = [features.shape[1] for features in maps]
+    for n in set(numbers):  # of all views at once, for fewer launches
+        grid = math.isqrt(n)
+        if grid**2 != n:
+            raise ValueError(f"a map of {n} locations is not square")
+        pos = positions(boxes.flatten(0, 1), flips.flatten(), grid)  # (BV, grid, grid, 2)
+        found[n] = pos.view(*flips.shape, n, 2)
+    return [found[n][:, view] for view, n in enumerate(numbers)]
 
 
 # --- 2. Loss --------------------------------------------------------------------------------------
@@ -252,10 +253,11 @@ def closest(distances, num_matches=None):
 
 def select(maps, indices):
     """maps (..., N, D) at indices (..., M) -> (..., M, D), much faster than gather()."""
-    maps = maps.flatten(0, -3)
-    number = torch.arange(len(maps), device=maps.device)  # of each map
-    number = number.view(*indices.shape[:-1], 1)  # (..., 1)
-    return maps[number, indices]
+    n, d = maps.shape[-2:]
+    rows = maps.flatten(0, -2)  # (... N, D)
+    first = torch.arange(0, len(rows), n, device=maps.device)  # row of each map
+    index = first.view(*indices.shape[:-1], 1) + indices  # (..., M)
+    return rows.index_select(0, index.flatten()).view(*index.shape, d)
 
 
 def match(query, candidates, distances, num_matches=None):
@@ -270,11 +272,11 @@ def match(query, candidates, distances, num_matches=None):
 
 def weighted_sum(*criteria):
     """Of (weight, (loss, terms)), ...: the sum of weight * loss, and the sums of weight * term."""
-    total = sum(weight * loss for weight, (loss, _) in criteria)
-    totals = {}
-    for name in ("inv", "var", "cov"):
-        totals[name] = sum(weight * terms[name] for weight, (_, terms) in criteria)
-    return total, totals
+    total = 0.0
+    for weight, (loss, terms) in criteria:
+        total = total + weight * torch.stack([loss, *terms.values()])  # (4,)
+    loss, inv, var, cov = total.unbind()
+    return loss, {"inv": inv, "var": var, "cov": cov}
 
 
 def local_criterion(map_a, map_b, pos_a, pos_b, num_matches=20, num_feature_matches=20,
@@ -332,13 +334,17 @@ def mean_local_criterion(maps, pos, num_matches, num_feature_matches, *options):
 
 def mean_global_criterion(z, inv_coeff, var_coeff, cov_coeff):
     """vicreg_loss(z[i], z[j]) averaged over the pairs (i, j) of vicregl_loss()."""
-    pairs = [(i, j) for i in (0, 1) for j in range(len(z)) if j != i]
-    var_of, cov_of = variance_and_covariance(torch.stack(z, 1))  # (V,), (V,): once a view
-    var_of = var_of.unbind()
-    cov_of = cov_of.unbind()
-    inv = sum(invariance(z[i], z[j]) for i, j in pairs) / len(pairs)
-    var = sum(var_of[i] + var_of[j] for i, j in pairs) / len(pairs)
-    cov = sum(cov_of[i] + cov_of[j] for i, j in pairs) / len(pairs)
+    views = len(z)
+    z = torch.stack(z, 1)  # (n/G, V, D)
+    i = z[:, :2, None].expand(-1, -1, views, -1)  # (n/G, 2, V, D)
+    inv = invariance(i, z[:, None].expand_as(i)) * views / (views - 1)  # 0 where j = i
+
+    def mean_over_pairs(terms):
+        """Of terms (V,), of each view once: a large view is in V of the 2 (V - 1) pairs."""
+        total = views * terms[:2].sum() + 2 * terms[2:].sum()
+        return total / (2 * (views - 1))
+
+    var, cov = map(mean_over_pairs, variance_and_covariance(z))
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
     return loss, {"inv": inv, "var": var, "cov": cov}
 
@@ -448,7 +454,7 @@ def make_optimizer(arch, model, weight_decay):
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     return torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
-                              dict(params=vectors, weight_decay=0.0)])
+                              dict(params=vectors, weight_decay=0.0)], fused=True)
 
 
 def train(args):
@@ -468,10 +474,10 @@ def train(args):
     optimizer = make_optimizer(args.arch, model, args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment = common.Photometric(**COLOURS[0], size=args.size)
+    colours = itertools.repeat(common.Photometric(**COLOURS[0], size=args.size))
     sample = functools.partial(sample_views, kinds=kinds, size=args.size)
     for batch in run.batches(sample):
-        views = [augment(view) for view in batch.views]
+        views = common.recolour(colours, batch.views)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             embeddings, maps, logits = ddp(views)

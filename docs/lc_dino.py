@@ -99,14 +99,11 @@ def train(args):
     optimizer = cribo.make_optimizer(student)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
-    augment_c, augment_sc = [common.Photometric(**colour, size=args.size)
-                             for colour in lc_loss.COLOURS]
+    colours = [common.Photometric(**colour, size=args.size) for colour in lc_loss.COLOURS]
 
     for batch in run.batches(functools.partial(lc_loss.sample_views, size=args.size)):
         epoch = run.step / run.per_epoch
-        x_c = augment_c(batch.views[0])
-        x_sc = augment_sc(batch.views[1])
-        x = torch.cat([x_c, x_sc])  # (2B, 3, H0, W0)
+        x = torch.cat(common.recolour(colours, batch.views))  # (2B, 3, H0, W0)
         points, valid = lc_loss.correspondences(
             batch.boxes[:, 1], batch.flips[:, 1], batch.sizes, grid)
 

@@ -462,7 +462,7 @@ def test_colours_alternate(run_here, monkeypatch):
         def __init__(self, **colour):
             made.append(colour)
 
-        def __call__(self, x):
+        def draw(self, n):
             raise Stop
     monkeypatch.setattr(common, "Photometric", Recorder)
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """common.py, shapes.py, weights.py: backbones and colours against torchvision; data and its faults.
 """
 import io
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -403,7 +404,11 @@ def test_jitter_is_torchvisions(number):
     x[0] = 0.5  # grey and saturated colours have no hue of their own
     x[1] = (x[1] > 0.5).float()
     factor = torch.linspace(low, high, 16)
-    ours = common.JITTER[number](x, factor.view(-1, 1, 1, 1))
+    rest = 1 - factor
+    weights = torch.stack([factor, rest * (number == 1), rest * (number == 2)], 1)
+    ours = common.blend(x, weights)
+    if name == "hue":
+        ours = common.adjust_hue(x, factor.view(-1, 1, 1, 1))
     adjust = getattr(TF, f"adjust_{name}")
     theirs = torch.stack([adjust(image, f.item()) for image, f in zip(x, factor)])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
@@ -463,45 +468,42 @@ def test_blur_is_in_proportion_to_the_size(monkeypatch):
     torch.testing.assert_close(sigma[1], sigma[0] / 4)
 
 
-@pytest.mark.parametrize("number,strength", [(0, 0.4), (1, 0.4), (2, 0.2), (3, 0.1)])
-def test_photometric_draws_colorjitters_range(number, strength, monkeypatch):
-    seen = []
-
-    def note(x, factor):
-        seen.append(factor.flatten())
-        return x
-
-    monkeypatch.setattr(common, "JITTER", (note, note, note, note))
-    jitter = [0.0, 0.0, 0.0, 0.0]
-    jitter[number] = strength
+def test_jitter_draws_colorjitters_range_in_random_order():
+    strengths = (0.4, 0.3, 0.2, 0.1)
     torch.manual_seed(0)
-    common.Photometric(tuple(jitter), jitter_p=1, gray_p=0)(torch.zeros(2000, 3, 2, 2).byte())
-    middle = 0 if number == 3 else 1
-    factors = torch.cat(seen)
-    assert len(factors) == 2000
-    assert middle - strength <= factors.min() < middle - 0.98 * strength
-    assert middle + 0.98 * strength < factors.max() <= middle + strength
+    _, order, change, *_ = common.Photometric(strengths).draw(2000)
+    for number, strength in enumerate(strengths):
+        assert -strength <= change[:, number].min() < -0.98 * strength
+        assert 0.98 * strength < change[:, number].max() <= strength
+        places = torch.bincount((order == number).nonzero()[:, 1], minlength=4)
+        assert places.sum() == 2000 and places.min() > 400 and places.max() < 600
 
 
-def test_jitters_order_is_random(monkeypatch):
-    seen = torch.zeros(4, 4)
-    place = torch.zeros(2000, dtype=torch.long)
+def test_jitter_is_in_the_order_drawn(monkeypatch):
+    """Against torchvision, one image at a time: 48 images are all 24 orders, jittered or not."""
+    x = torch.randint(0, 256, (48, 3, 12, 12), dtype=torch.uint8)
+    order = torch.tensor(list(itertools.permutations(range(4))))
+    colour = common.Photometric((0.4, 0.4, 0.2, 0.1), gray_p=0)
+    _, _, change, *others = colour.draw(48)
+    drawn = torch.arange(48) < 24, torch.cat([order, order]), change, *others
+    monkeypatch.setattr(common.Photometric, "draw", lambda self, n: drawn)
+    theirs = x.float() / 255
+    for i in range(24):
+        for number in order[i].tolist():
+            name, *_ = JITTER[number]
+            factor = change[i, number].item() + (name != "hue")
+            theirs[i] = getattr(TF, f"adjust_{name}")(theirs[i], factor)
+    torch.testing.assert_close(colour(x), common.normalize(theirs), rtol=0, atol=1e-4)
 
-    def note(number):
-        def op(x, factor):
-            low, high, _ = x[:, :, 0, 0].mul(255).round().long().unbind(1)
-            samples = low + 256 * high
-            seen[number] += torch.bincount(place[samples], minlength=4)
-            place[samples] += 1
-            return x
-        return op
 
-    monkeypatch.setattr(common, "JITTER", tuple(note(number) for number in range(4)))
-    index = torch.arange(2000)
-    x = torch.stack([index % 256, index // 256, 0 * index], 1).byte().view(2000, 3, 1, 1)
+def test_views_are_recoloured_as_if_alone():
+    colours = [common.Photometric((0.4, 0.4, 0.2, 0.1), blur_p=p, solarize_p=p) for p in (0, 1, 0)]
+    views = [torch.randint(0, 256, (5, 3, s, s), dtype=torch.uint8) for s in (16, 16, 12)]
     torch.manual_seed(0)
-    common.Photometric((0.4, 0.4, 0.2, 0.1), jitter_p=1, gray_p=0)(x)
-    assert (seen.sum(1) == 2000).all() and seen.min() > 400 and seen.max() < 600
+    together = common.recolour(colours, views)
+    torch.manual_seed(0)
+    for view, colour, ours in zip(views, colours, together, strict=True):
+        assert torch.equal(colour(view), ours)
 
 
 # --- strange files --------------------------------------------------------------------------------

@@ -238,6 +238,94 @@ def test_processes_share_bank_and_batch():
         assert torch.equal(their_objects, objects) and their_pushed == pushed == 24
 
 
+# --- BatchNorm ------------------------------------------------------------------------------------
+
+def _batch_norm(rank, world):
+    """Output, gradients and buffers of a network with BatchNorm on this process's share of 12."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Tanh(), nn.Flatten(),
+                          nn.Linear(5 * 16, 7), nn.BatchNorm1d(7), nn.Linear(7, 4)).double()
+    x = 3 + 2 * torch.randn(12, 3, 6, 6).double()
+    kinds = [type(module) for module in model]
+    names = list(model.state_dict())
+    if world:
+        model, ddp = training.distribute(model, torch.device("cpu"))
+        assert nn.BatchNorm2d not in [type(module) for module in model] != kinds
+        assert list(model.state_dict()) == names and not ddp.broadcast_buffers
+    mine = share(rank, world or 1, 12)
+    x = x[mine].contiguous(memory_format=torch.channels_last).requires_grad_()
+    for _ in range(2):  # statistics run
+        y = (ddp if world else model)(x)
+    y.sin().sum().backward()
+    parameters = torch.cat([p.grad.flatten() for p in model.parameters()])
+    buffers = torch.cat([b.flatten().double() for b in model.buffers()])
+    model.eval()
+    return y.detach(), x.grad, parameters, buffers, model(x).detach()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_batch_norm_is_that_of_the_joined_batch(world):
+    alone = _batch_norm(0, 0)
+    shares = on_processes(world, _batch_norm)
+    outputs, inputs, parameters, buffers, evaluated = zip(*shares)
+    assert alone[3].abs().min() > 0
+    for ours, expected in zip((outputs, inputs, evaluated), (alone[0], alone[1], alone[4])):
+        torch.testing.assert_close(torch.cat(ours), expected, rtol=0, atol=1e-10)
+    for grads in parameters:  # DDP has averaged those of sums over the shares
+        torch.testing.assert_close(world * grads, alone[2], rtol=0, atol=1e-10)
+    for theirs in buffers:
+        torch.testing.assert_close(theirs, alone[3], rtol=0, atol=1e-10)
+
+
+def _batch_norm_in_half(rank, world):
+    torch.manual_seed(0)
+    model, ddp = training.distribute(nn.BatchNorm2d(5), torch.device("cpu"))
+    x = 30 + torch.randn(64, 5, 4, 4)
+    x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ddp(x[share(rank, world, 64)])
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    expected = nn.functional.batch_norm(x.float(), None, None, training=True)
+    torch.testing.assert_close(y.float(), expected[share(rank, world, 64)], rtol=2**-8, atol=1e-5)
+    return model.running_mean, x.float().mean((0, 2, 3))
+
+
+def test_batch_norm_of_bf16_has_statistics_in_float32():
+    for running, mean in on_processes(2, _batch_norm_in_half):
+        torch.testing.assert_close(running, 0.1 * mean, rtol=1e-6, atol=0)
+
+
+def _plain_colours():
+    """The colours are drawn for each process: without them, processes see what one would."""
+    normal = common.recolour
+
+    def plain(colours, views):
+        return [common.normalize(view.float() / 255) for view in views]
+
+    def undo():
+        common.recolour = normal
+
+    common.recolour = plain
+    return undo
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "cribo"])
+def test_training_on_processes_equals_training_on_one(method, flags, tmp_path):
+    """With BatchNorm and all. (CrIBo's clusters start from tokens that each process draws.)"""
+    args = (*flags(method), "--out", tmp_path, "--epochs", 1, "--name")
+    for world in (1, 2):
+        answers = on_processes(world, run_in_pool, method, (*args, world), (_plain_colours,))
+        assert codes(answers) == world * [0]
+    own = {"std", "spread", "local_spread", "corr"}  # of each process's share
+    for one, two in zip(lines(tmp_path / "1"), lines(tmp_path / "2"), strict=True):
+        for key in one.keys() - own:
+            assert two[key] == pytest.approx(one[key], rel=1e-5), key
+    one, two = (checkpoint(tmp_path / name)["model"] for name in "12")
+    for key in one:
+        distance = (one[key].double() - two[key].double()).norm()
+        assert distance < 1e-5 * one[key].double().norm(), key
+
+
 # --- whole runs -----------------------------------------------------------------------------------
 
 def codes(answers):
@@ -311,18 +399,19 @@ def test_two_processes_stop_and_resume_to_the_bit(method, flags, tmp_path):
 
 def _poison(step):
     """From a step on, the second process sees NaN."""
-    normal = common.Photometric.__call__
+    normal = common.recolour
     calls = []
 
-    def poisoned(self, x):
+    def poisoned(colours, views):
         calls.append(1)
-        x = normal(self, x)
-        return x * math.nan if dist.get_rank() == 1 and len(calls) > 2 * step else x
+        views = normal(colours, views)
+        nan = dist.get_rank() == 1 and len(calls) > step
+        return [x * math.nan for x in views] if nan else views
 
     def undo():
-        common.Photometric.__call__ = normal
+        common.recolour = normal
 
-    common.Photometric.__call__ = poisoned
+    common.recolour = poisoned
     return undo
 
 
@@ -402,22 +491,34 @@ def test_another_number_of_processes_sees_the_same_data(flags, tmp_path):
 # --- collectives ----------------------------------------------------------------------------------
 
 def _collectives(rank, world, method, args):
-    """All collectives of a run's fourth step, which neither logs, saves nor votes."""
+    """All collectives of a run's fourth step, which neither logs, saves nor votes, and how many
+    times it normalizes a batch."""
     normal = training.Run.batches
+    normalize = training.GlobalBatchNorm.forward
     counted = []
+    normalized = []
+
+    def forward(self, x):
+        normalized.append(1)
+        return normalize(self, x)
 
     def batches(self, sample):
         steps = normal(self, sample)
         yield from itertools.islice(steps, 3)
+        normalized.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             yield next(steps)
         counted.extend(event.name for event in profiler.events() if "c10d::" in event.name)
+        counted.append(len(normalized))
         yield from steps
 
     training.Run.batches = batches
+    training.GlobalBatchNorm.forward = forward
     answer = run_in_pool(rank, world, method, args)
     training.Run.batches = normal
-    return answer["code"], counted
+    training.GlobalBatchNorm.forward = normalize
+    *counted, normalized = counted
+    return answer["code"], counted, normalized
 
 
 @pytest.mark.parametrize("method,most", [("vicreg", 16), ("vicregl", 24)])
@@ -425,8 +526,10 @@ def _collectives(rank, world, method, args):
 def test_collectives_of_a_step(method, most, width, flags, tmp_path):
     rare = ("--log-every", 1000, "--save-minutes", 60, "--epochs", 1)
     args = (*flags(method), "--projector", f"32-{width}", *rare, "--out", tmp_path)
-    for code, counted in on_processes(2, _collectives, method, args):
-        assert code == 0 and 0 < len(counted) <= most, counted
+    for code, counted, normalized in on_processes(2, _collectives, method, args):
+        assert code == 0 and normalized > 0
+        others = len(counted) - 4 * normalized  # mean and variance, forward and backward
+        assert 0 < others <= most, counted
 
 
 # --- starts ---------------------------------------------------------------------------------------

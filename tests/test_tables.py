@@ -182,6 +182,30 @@ def test_pascal_context_and_coco_stuff(root):
     assert [len(common.open_data("coco", part)) for part in ("train", "val")] == [3, 1]
 
 
+def test_parts_of_coco(root):
+    for part, names in (("train2017", [f"{i:02}" for i in range(40)]), ("val2017", "d")):
+        write_masked(root / "coco" / part, root / "unused", names)
+    images = [dict(id=100 + i, file_name=f"{i:02}.jpg", width=16, height=16) for i in range(40)]
+    items = [dict(id=i, image_id=100 + i // 2, bbox=[1, 1, 4, 5], area=20, iscrowd=0, category_id=1,
+                  segmentation=[[1, 1, 5, 1, 5, 6]]) for i in range(80)]
+    about = dict(images=images, annotations=items, categories=[dict(id=1, name="cat")])
+    write_list(root / "coco/annotations/instances_train2017.json", json.dumps(about))
+    about |= dict(images=[images[0] | dict(file_name="d.jpg")], annotations=items[:2])
+    write_list(root / "coco/annotations/instances_val2017.json", json.dumps(about))
+    run_block("coco{percent}")
+    for percent, count in ((5, 2), (10, 4)):
+        path = root / f"coco{percent}" / "annotations" / "instances_train2017.json"
+        part = json.loads(path.read_text())
+        chosen = {image["id"] for image in part["images"]}
+        assert len(chosen) == count and len(part["annotations"]) == 2 * count
+        assert {item["image_id"] for item in part["annotations"]} == chosen
+        assert (root / f"coco{percent}" / "val2017" / "d.jpg").exists()
+        if "detect" in evaluation.PROTOCOLS:
+            args = types.SimpleNamespace(data=f"coco{percent}", size=16)
+            parts = importlib.import_module("evaluate.objects").open_objects(args)
+            assert [len(part) for part in parts] == [count, 1]
+
+
 def test_cityscapes(root):
     for part, city in (("train", "ulm"), ("train", "bonn"), ("val", "lyon")):
         names = [f"{city}_1", f"{city}_2"]

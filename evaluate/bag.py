@@ -87,9 +87,9 @@ def measure(backbone, data, names, args, whole=None, **how):
     validation images' features. whole: those of the whole images."""
     train, val = data
     rank, world = training.rank_and_world()
-    queries, targets, *_ = all_features(backbone, val, args, **how)
+    queries, targets, _ = all_features(backbone, val, args, **how)
     if args.linear:
-        y, labels = labelled(*all_features(backbone, train, args, **how)[:2])
+        y, labels = labelled(*all_features(backbone, train, args, **how))
         kept = list(zip(y[rank::world].split(4096), labels[rank::world].split(4096)))
     table = {}
     first = 0

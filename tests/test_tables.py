@@ -88,7 +88,7 @@ def test_the_commands_are_those_of_the_scripts(monkeypatch, capsys):
         runs = [str(path) for path in args.runs] if words[1] == "curves" else []
         if words[0] in TRAINING:
             made.add(f"runs/{args.name}")
-        elif args.checkpoint != "random":
+        elif words[1] not in ("curves", "views"):
             runs.append(args.checkpoint)
         used.update(path for path in runs if path.startswith("runs/"))
     assert used <= made, used - made
@@ -131,9 +131,11 @@ def run_block(word):
         exec(block, names)
 
 
-def open_both(name):
+def open_both(name, monkeypatch):
     """The training and validation parts with masks, every pair read."""
-    both = masks.open_masks(types.SimpleNamespace(data=name))
+    words = f"evaluate segment --checkpoint random --data {name}".split()
+    monkeypatch.setattr(sys, "argv", words)
+    both = masks.open_masks(evaluation.parse_args())
     for part in both:
         assert len(part) and all(part.pair(i) for i in range(len(part)))
     return both
@@ -162,23 +164,23 @@ def test_voc_with_the_masks_of_sbd(root, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "scipy.io", reader)
     run_block("loadmat")
     assert capsys.readouterr().out == "4\n"
-    train, val = open_both("voc_aug")
+    train, val = open_both("voc_aug", monkeypatch)
     assert [np.array(train.pair(i)[1]).max() for i in range(4)] == [255, 255, 5, 5]
     assert len(val) == 1
 
 
-def test_pascal_context_and_coco_stuff(root):
+def test_pascal_context_and_coco_stuff(root, monkeypatch):
     voc = root / "VOCdevkit" / "VOC2010"
     write_masked(voc / "JPEGImages", voc / "SegmentationClassContext", "abc")
     write_list(voc / "ImageSets/SegmentationContext/train.txt", "a", "c")
     write_list(voc / "ImageSets/SegmentationContext/val.txt", "b")
     run_block("pascal_context")
-    assert [len(part) for part in open_both("pascal_context")] == [2, 1]
+    assert [len(part) for part in open_both("pascal_context", monkeypatch)] == [2, 1]
 
     for part, names in (("train2017", "abc"), ("val2017", "d")):
         write_masked(root / "coco" / part, root / "stuffthingmaps" / part, names)
     run_block("cocostuff")
-    assert [len(part) for part in open_both("cocostuff")] == [3, 1]
+    assert [len(part) for part in open_both("cocostuff", monkeypatch)] == [3, 1]
     assert [len(common.open_data("coco", part)) for part in ("train", "val")] == [3, 1]
 
 
@@ -206,13 +208,13 @@ def test_parts_of_coco(root):
             assert [len(part) for part in parts] == [count, 1]
 
 
-def test_cityscapes(root):
+def test_cityscapes(root, monkeypatch):
     for part, city in (("train", "ulm"), ("train", "bonn"), ("val", "lyon")):
         names = [f"{city}_1", f"{city}_2"]
         write_masked(root / "leftImg8bit" / part / city, root / "gtFine" / part / city, names,
                      "_leftImg8bit.png", "_gtFine_labelIds.png")
     run_block("leftImg8bit")
-    train, val = open_both("cityscapes")
+    train, val = open_both("cityscapes", monkeypatch)
     assert (len(train), len(val)) == (4, 2)
     assert np.unique(np.array(train.pair(0)[1])).tolist() == [0, 255]  # a road; all else is void
 

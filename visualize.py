@@ -226,13 +226,15 @@ def correspond(args, data, backbone, lines=15):
         right = ((found - truths[i]).abs() <= 0.5 / grid).all(1)  # (N,)
         inside = valid[i].nonzero().flatten()  # (n,)
         shown = inside[torch.randperm(len(inside))[:lines]]
+        pictures = visible(x)
+        starts = at[shown]
 
         title = f"{name}: truth"
         styles = lines * [RIGHT]
-        connect(axes[:, 2 * i], visible(x), title, at[shown], truths[i, shown], styles)
+        connect(axes[:, 2 * i], pictures, title, starts, truths[i, shown], styles)
         title = f"{name}: {right[inside].sum()} of {len(inside)} right"
         styles = [RIGHT if ok else WRONG for ok in right[shown]]
-        connect(axes[:, 2 * i + 1], visible(x), title, at[shown], found[shown], styles)
+        connect(axes[:, 2 * i + 1], pictures, title, starts, found[shown], styles)
     return figure
 
 

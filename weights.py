@@ -14,6 +14,10 @@ HEADS = ("fc.", "head.", "heads.", "classifier.2.", "projector.", "maps_projecto
 PREFIXES = ("_orig_mod.", "module.", "model.", "encoder_q.", "backbone.")  # in this order
 
 
+IGNORED = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
+           "numpy._core.multiarray.scalar")
+
+
 class Ignored:
     """Stands for what a checkpoint holds beside tensors and plain values: nothing is computed."""
 
@@ -21,10 +25,6 @@ class Ignored:
         pass
 
     __setstate__ = __init__
-
-
-IGNORED = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
-           "numpy._core.multiarray.scalar")
 
 
 def read_checkpoint(path):
@@ -117,10 +117,9 @@ def fresh(state, arch, drop_path=0.0):
 
 
 def load_backbone(checkpoint, arch=None, drop_path=0.0):
-    """A trained backbone in eval mode; .arch names it: by default what its run says, or what its
-    parameters' names and shapes tell. checkpoint: a run folder or a file, of this project or as
-    torchvision, timm, VICReg, VICRegL, DINO, CrIBo or MoCo have them; or its content. Raises
-    UserError, naming keys, where it does not fit."""
+    """A trained backbone in eval mode; .arch: by default what its run says, or its parameters' names
+    and shapes tell. checkpoint: a run folder or a file (also of torchvision, timm, VICReg, VICRegL,
+    DINO, CrIBo, MoCo), or its content. Raises UserError, naming keys, where it does not fit."""
     state = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
     name = "the checkpoint" if state is checkpoint else checkpoint
     if arch is None and isinstance(state.get("args"), dict):

@@ -38,7 +38,7 @@ RECIPES = {
         arch="vit_tiny_patch16", size=160, head="2048-256-4096", epochs=400, batch_size=128,
         momentum=0.99, temp_warmup_epochs=15),
     "shapes": IMAGENET | dict(
-        arch="tiny_convnet", size=64, head="512-128-1024", epochs=7, batch_size=128, base_lr=8e-3,
+        arch="tiny_convnet", size=64, head="512-128-1024", epochs=4, batch_size=64, base_lr=0.016,
         warmup_epochs=1, final_weight_decay=0.04, clip_grad=3.0, norm_last_layer=True,
         momentum=0.99, teacher_temp=0.04),
 }

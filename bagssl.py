@@ -406,7 +406,7 @@ def train(args):
         run.log(loss=loss, **parts, std=std, **accuracy, lr=lr)
         run.end_step()  # saves as time goes by; stops on a signal
 
-    run.finish("knn", "bag --bags 1 16 --epochs 10")
+    run.finish("knn", "bag --bags 1 16 --no-linear", figure="neighbors --scale 0.2 --checkpoint")
 
 
 def main():

@@ -156,7 +156,8 @@ def joint_space_clustering(tokens, positions, num_objects, pos_weight, init=None
         if init is None:
             init = torch.rand(b, n, device=tokens.device).argsort(1)[:, :num_objects]  # distinct
         numbers = torch.arange(num_objects, device=tokens.device).expand(b, -1)  # (B, K)
-        labels = torch.full((b, n), num_objects, device=tokens.device).scatter(1, init, numbers)
+        labels = torch.full((b, n), num_objects, device=tokens.device)
+        labels.scatter_(1, init, numbers)
         centroids = tokens.take_along_dim(init[:, :, None], 1)  # (B, K, D)
         shares = tokens.new_full((b, num_objects), 1 / num_objects)  # of the locations
 
@@ -584,7 +585,7 @@ def train(args):
                 momentum=momentum, temperature=temp)
         run.end_step()  # saves as time goes by; stops on a signal
 
-    run.finish("knn", "retrieve --subsample 128 --runs 1")
+    run.finish("knn", "retrieve --subsample 128 --runs 1", figure="objects --checkpoint")
 
 
 def head_widths(text):

@@ -304,7 +304,7 @@ def train(args):
         run.log(loss=loss, **parts, **accuracy, lr=lr, momentum=momentum)
         run.end_step()  # saves as time goes by; stops on a signal
 
-    run.finish("knn", "correspond")
+    run.finish("knn", "correspond", figure="correspond --checkpoint")
 
 
 def main():

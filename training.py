@@ -5,6 +5,7 @@ import datetime
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -629,22 +630,29 @@ class Run:
                 raise
             warn(error)  # the next checkpoint may find room
 
-    def finish(self, *protocols):
-        """Evaluates the backbone in a command of its own, or says how where it cannot be done."""
+    def finish(self, *protocols, figure="curves"):
+        """Evaluates the backbone and draws a figure, in commands of their own: `python -m evaluate
+        PROTOCOL ...`, `python visualize.py FIGURE ...`; or says how where it cannot be done."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        if self.rank:
+            return
         here = Path(__file__).resolve().parent
         env = {**os.environ, "WORLD_SIZE": "1", "PYTHONPATH": str(here)}
-        for protocol in protocols if self.rank == 0 else ():
-            command = ["-m", "evaluate", *protocol.split(), "--checkpoint", str(self.folder)]
-            command.append("--baseline")
+        folder = str(self.folder)
+        for protocol in protocols:
+            command = ["-m", "evaluate", *protocol.split(), "--checkpoint", folder, "--baseline"]
             if (here / "evaluate").is_dir() and (self.data.classes or protocol == "correspond"):
                 subprocess.run([sys.executable, *command], env=env, check=False)
             else:
                 why = "needs the folder evaluate/" if self.data.classes else "needs labels"
                 say(f"{protocol} {why}: python {' '.join(command)}")
-        if self.rank == 0:
-            protocol = "linear" if self.data.classes else "features --out x.npy"
-            say(f"{self.folder} holds backbone.pt (weights), last.pt (to go on), log.jsonl. Next:\n"
-                f"  python -m evaluate {protocol} --checkpoint {self.folder}\n"
-                f"  python visualize.py curves {self.folder}")
+        script = here / "visualize.py"
+        if script.exists() and importlib.util.find_spec("matplotlib"):
+            picture = self.folder / f"{figure.split()[0]}.png"
+            command = [str(script), *figure.split(), folder, "--out", str(picture)]
+            subprocess.run([sys.executable, *command], env=env, check=False)
+        protocol = "linear" if self.data.classes else "features --out x.npy"
+        say(f"{folder} holds backbone.pt (weights), last.pt (to go on), log.jsonl. Next:\n"
+            f"  python -m evaluate {protocol} --checkpoint {folder}\n"
+            f"  python visualize.py curves {folder}")

@@ -496,7 +496,7 @@ def train(args):
         run.log(loss=loss, **parts, **accuracy, lr=lr)
         run.end_step()  # saves as time goes by; stops on a signal
 
-    run.finish("knn", "correspond")
+    run.finish("knn", "correspond", figure="matches --checkpoint")
 
 
 def main():

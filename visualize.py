@@ -305,12 +305,11 @@ def embedded(args, data, backbone, index, count):
     return image, batch, spaces
 
 
-def show_query(args, ax, image, boxes):
-    """The image and the patch nearest to --query -> its number, the middles (P, 2) of all."""
+def show_query(args, ax, image, boxes, point):
+    """The image and the patch nearest to `point` -> its number, the middles (P, 2) of all."""
     middles = boxes[:, :2] + boxes[:, 2:] / 2
     sides = torch.tensor([image.height, image.width])
-    wanted = torch.tensor(args.query) * sides
-    query = (middles - wanted).norm(dim=1).argmin()
+    query = (middles - point * sides).norm(dim=1).argmin()
     show(ax, image, f"query: {args.scale:g} of the area", *image.size)
     outline(ax, boxes[query], WRONG)
     return query, middles
@@ -318,23 +317,23 @@ def show_query(args, ax, image, boxes):
 
 def heatmap(args, data, backbone, steps=17):
     """BagSSL, Fig. 6: cosine similarity of an image's patches to one of them, before and after the
-    projector, drawn in their middles."""
+    projector, drawn in their middles; a row for each --query."""
     image, batch, spaces = embedded(args, data, backbone, args.index, steps**2)
     height = 0.3 + image.height / image.width  # of an image and a colour bar
-    figure, axes = panels(1, 1 + len(spaces), height)
-    query, middles = show_query(args, axes[0, 0], image, batch.boxes)
-    y, x = middles.T.numpy()
+    figure, axes = panels(len(args.query), 1 + len(spaces), height)
     grey = image.convert("L").convert("RGB")
-    for ax, (name, z) in zip(axes[0, 1:], spaces.items()):
-        similarity = z @ z[query]  # (P, D) (D,) -> (P,)
-        heat = similarity.view(steps, steps).numpy()
-        show(ax, grey, f"{name}: cosine similarity", *image.size)
-        mesh = ax.pcolormesh(x[:steps], y[::steps], heat, alpha=0.7)
-        figure.colorbar(mesh, ax=ax, location="bottom", panchor=False)
+    for point, row in zip(args.query, axes):
+        query, middles = show_query(args, row[0], image, batch.boxes, point)
+        y, x = middles.T.numpy()
+        for ax, (name, z) in zip(row[1:], spaces.items()):
+            heat = (z @ z[query]).view(steps, steps).numpy()  # (P, D) (D,) -> (P,)
+            show(ax, grey, f"{name}: cosine similarity", *image.size)
+            mesh = ax.pcolormesh(x[:steps], y[::steps], heat, alpha=0.7)
+            figure.colorbar(mesh, ax=ax, location="bottom", panchor=False)
     return figure
 
 
-def neighbors(args, data, backbone, rows=5, columns=8):
+def neighbors(args, data, backbone):
     """BagSSL, Figs. 7-8: the patches nearest to one of them by cosine, before and after the
     projector, among 16 patches of each bank image. The first is the patch itself."""
     indices = image_and_others(args, data, args.bank_images)
@@ -342,15 +341,17 @@ def neighbors(args, data, backbone, rows=5, columns=8):
     bank = [embedded(args, data, backbone, index, 16) for index in read]
     patches = [view for _, batch, _ in bank for view in batch.views]
     image, batch, spaces = bank[0]
-    figure, axes = panels(1, 1 + len(spaces), width=1.6)
-    query, _ = show_query(args, axes[0, 0], image, batch.boxes)
-    for ax, name in zip(axes[0, 1:], spaces):
-        z = torch.cat([found[name] for _, _, found in bank])
-        similarity = z @ z[query]  # (P, D) (D,) -> (P,)
-        nearest = similarity.argsort(descending=True)[: rows * columns].tolist()
-        tiles = [patches[i] for i in nearest]
-        tiles = make_grid(tiles, columns, pad_value=255)
-        show(ax, tiles, f"{name}: the nearest of {len(patches)}", columns, rows)
+    columns = math.ceil(1.25 * args.count**0.5)
+    rows = math.ceil(args.count / columns)
+    figure, axes = panels(len(args.query), 1 + len(spaces), width=1.6)
+    for point, row in zip(args.query, axes):
+        query, _ = show_query(args, row[0], image, batch.boxes, point)
+        for ax, name in zip(row[1:], spaces):
+            z = torch.cat([found[name] for _, _, found in bank])
+            nearest = (z @ z[query]).argsort(descending=True)  # (P, D) (D,) -> (P,)
+            nearest = nearest[: args.count].tolist()
+            tiles = make_grid([patches[i] for i in nearest], columns, pad_value=255)
+            show(ax, tiles, f"{name}: the nearest of {len(patches)}", columns, rows)
     return figure
 
 
@@ -446,8 +447,9 @@ def parse_args():
     flag("--num-matches", type=int, default=10, help="matches: how many are drawn")
     flag("--num-objects", type=int, default=8, help="objects: K, clusters of an image")
     flag("--bank-images", type=int, default=128, help="objects, neighbors: S, images searched in")
-    flag("--query", type=float, nargs=2, default=[0.5, 0.5],
-         help="heatmap, neighbors: the middle of the patch, y and x from 0 to 1")
+    flag("--query", type=float, nargs=2, action="extend",
+         help="heatmap, neighbors: the middle of the patch, y and x from 0 to 1; may be repeated")
+    flag("--count", type=int, default=40, help="neighbors: how many; the paper shows 120 and 256")
     flag("--scale", type=float, default=0.1, help="heatmap, neighbors: a patch's share of the area")
     flag("--method", default="vicregl", choices=METHODS, help="views: whose augmentation")
     flag("--views", default="two", choices=vicregl.VIEWS, help="views: VICRegL's --views")
@@ -455,6 +457,7 @@ def parse_args():
     args = parser.parse_args()
 
     check(args, LOWEST, HIGHEST)
+    args.query = torch.tensor(args.query or [0.5, 0.5]).view(-1, 2)
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out} must end in .png")
     return args

@@ -22,7 +22,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def here(request, monkeypatch):
     """Runs in this process: on the CPU, without an evaluation at their end, signals as before."""
-    monkeypatch.setattr(training.Run, "finish", lambda self, *protocols: None)
+    monkeypatch.setattr(training.Run, "finish", lambda self, *protocols, **_: None)
     if not request.node.get_closest_marker("cuda"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

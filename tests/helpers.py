@@ -225,7 +225,7 @@ def run_in_pool(rank, world, method, args, prepare=None):
     """
     undo = prepare[0](*prepare[1:]) if prepare else None
     ended = []
-    training.Run.finish = lambda self, *protocols: ended.append(self)
+    training.Run.finish = lambda self, *protocols, **_: ended.append(self)
     training.one_line_errors = contextlib.nullcontext  # it would end the process
     said = io.StringIO(), io.StringIO()
     try:
@@ -250,7 +250,7 @@ def _command(method, args, said, prepare, env):
     os.dup2(words, 2)
     os.environ.update(env)
     torch.set_num_threads(1)
-    training.Run.finish = lambda self, *protocols: None
+    training.Run.finish = lambda self, *protocols, **_: None
     if prepare:
         prepare[0](*prepare[1:])
     sys.exit(run(method, *args))

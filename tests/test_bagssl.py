@@ -383,7 +383,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def run_here(monkeypatch, images, tmp_path):
     """bagssl.main() in this process, without the evaluation at its end."""
-    monkeypatch.setattr(training.Run, "finish", lambda self, *protocols: None)
+    monkeypatch.setattr(training.Run, "finish", lambda self, *protocols, **_: None)
 
     def run(*args):
         command = ["bagssl.py", "--data", images, *SMALL, "--out", tmp_path, *args]

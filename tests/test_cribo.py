@@ -632,7 +632,7 @@ def images(tmp_path_factory):
 def run(images, tmp_path, monkeypatch):
     """run(name, *flags) -> the run's folder."""
     finished = []
-    monkeypatch.setattr(training.Run, "finish", lambda self, *names: finished.append(names))
+    monkeypatch.setattr(training.Run, "finish", lambda self, *names, **_: finished.append(names))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(name, *flags):

@@ -410,7 +410,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def run_here(images, tmp_path, monkeypatch):
     """A run of one epoch in this process -> its log lines."""
-    monkeypatch.setattr(training.Run, "finish", lambda run, *protocols: seen.extend(protocols))
+    monkeypatch.setattr(training.Run, "finish", lambda run, *protocols, **_: seen.extend(protocols))
     seen = []
 
     def run(*flags):

@@ -613,7 +613,7 @@ def finishing(tmp_path, monkeypatch, classes, rank=0):
     finished.folder = tmp_path
     finished.rank = rank
     finished.data = common.Images([], classes=classes)
-    FINISH(finished, "knn", "linear --no-augment")
+    FINISH(finished, "knn", "linear --no-augment", figure="matches --checkpoint")
     return commands
 
 
@@ -634,6 +634,14 @@ def test_a_run_ends_with_an_evaluation(tmp_path, monkeypatch, capsys):
     (tmp_path / "evaluate").rmdir()
     assert not finishing(tmp_path, monkeypatch, ["a", "b"])
     assert "knn needs the folder evaluate/: python -m evaluate knn" in capsys.readouterr().out
+
+    script = tmp_path / "visualize.py"
+    script.touch()
+    (command,) = finishing(tmp_path, monkeypatch, ["a", "b"])
+    picture = str(tmp_path / "matches.png")
+    assert command[1:] == [str(script), "matches", "--checkpoint", str(tmp_path), "--out", picture]
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)  # no matplotlib
+    assert not finishing(tmp_path, monkeypatch, ["a", "b"])
 
 
 # --- what an attack found -------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_a_method_of_ones_own(here, monkeypatch):
     monkeypatch.setattr(sys, "argv", shlex.split(line)[1:] + [
         "--batch-size", "4", "--size", "32", "--epochs", "2", "--workers", "0", "--log-every", "1"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Run, "finish", lambda self, *protocols: None)
+        patch.setattr(training.Run, "finish", lambda self, *protocols, **_: None)
         names_after(code)
     saved = torch.load("runs/simsiam-photos/last.pt", weights_only=True)
     assert saved["step"] == 6 and saved["args"]["arch"] == "resnet18"

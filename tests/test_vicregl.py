@@ -492,7 +492,7 @@ def test_only_what_is_trained_is_logged_and_saved(alpha, trained, absent, flags,
 
 def test_a_run_logs_all_terms_and_ends_with_its_evaluations(flags, tmp_path, monkeypatch):
     protocols = []
-    monkeypatch.setattr(training.Run, "finish", lambda run, *names: protocols.extend(names))
+    monkeypatch.setattr(training.Run, "finish", lambda run, *names, **_: protocols.extend(names))
     args = (*flags("vicregl"), "--epochs", 1, "--out", tmp_path, "--name", "run")
     assert helpers.run("vicregl", *args) == 0
     assert protocols == ["knn", "correspond"]

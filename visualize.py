@@ -326,7 +326,8 @@ def heatmap(args, data, backbone, steps=17):
         query, middles = show_query(args, row[0], image, batch.boxes, point)
         y, x = middles.T.numpy()
         for ax, (name, z) in zip(row[1:], spaces.items()):
-            heat = (z @ z[query]).view(steps, steps).numpy()  # (P, D) (D,) -> (P,)
+            similarity = z @ z[query]  # (P, D) (D,) -> (P,)
+            heat = similarity.view(steps, steps).numpy()
             show(ax, grey, f"{name}: cosine similarity", *image.size)
             mesh = ax.pcolormesh(x[:steps], y[::steps], heat, alpha=0.7)
             figure.colorbar(mesh, ax=ax, location="bottom", panchor=False)
@@ -348,9 +349,10 @@ def neighbors(args, data, backbone):
         query, _ = show_query(args, row[0], image, batch.boxes, point)
         for ax, name in zip(row[1:], spaces):
             z = torch.cat([found[name] for _, _, found in bank])
-            nearest = (z @ z[query]).argsort(descending=True)  # (P, D) (D,) -> (P,)
-            nearest = nearest[: args.count].tolist()
-            tiles = make_grid([patches[i] for i in nearest], columns, pad_value=255)
+            similarity = z @ z[query]  # (P, D) (D,) -> (P,)
+            nearest = similarity.argsort(descending=True)[: args.count].tolist()
+            tiles = [patches[i] for i in nearest]
+            tiles = make_grid(tiles, columns, pad_value=255)
             show(ax, tiles, f"{name}: the nearest of {len(patches)}", columns, rows)
     return figure
 

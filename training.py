@@ -129,6 +129,7 @@ class GlobalBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes, which must be of one size. As torch's
     SyncBatchNorm, but also on the CPU, and without its host syncs."""
 
+    @torch.compiler.disable  # --compile leaves the collectives out
     def forward(self, x):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)

@@ -74,6 +74,7 @@ def test_compiled_training_stops_and_resumes_to_the_bit(flags, traced, monkeypat
     helpers.assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_compiled_training_on_two_processes_is_the_same(flags, tmp_path):
     args = (*flags("lc_loss"), "--epochs", 1, "--out", tmp_path, "--name")
     eager = on_processes(2, run_in_pool, "lc_loss", (*args, "eager"))

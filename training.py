@@ -556,7 +556,7 @@ class Run:
         seconds = time.monotonic() - self.clock
         rate = self.timed / seconds  # steps a second
         line = dict(step=step, epoch=step / self.per_epoch, **terms)
-        shown = [f"{name} {value:.4g}" for name, value in line.items() if value]
+        shown = [f"{name}={value:.4g}" for name, value in line.items() if value]
         line |= dict(wait=self.waited / seconds, images_per_s=rate * self.args.batch_size,
                      minutes_left=(self.total - step) / rate / 60,
                      memory_gb=torch.cuda.max_memory_allocated() / 1e9)

@@ -32,10 +32,10 @@ import lc_loss
 import training
 import vicregl
 from common import Photometric, UserError, Views, grid_of, normalize
-from evaluate.__main__ import Parser
+from evaluate.__main__ import Parser, check
 from evaluate.bag import load_projector
 from evaluate.correspond import transformed
-from evaluate.features import load, open_part, to_input
+from evaluate.features import add_flags, load, open_part, progress, to_input
 
 try:
     from matplotlib.figure import Figure
@@ -133,7 +133,9 @@ def visible(x):
 
 def encoded(args, backbone, x):
     """Normalized views (B, 3, H0, W0) -> local features (B, N, D), representations (B, D)."""
-    chunks = [backbone(part.to(args.device)) for part in x.split(64)]
+    parts = x.split(64)
+    parts = progress(parts, len(parts), f"features of {len(x)} views")
+    chunks = [backbone(part.to(args.device)) for part in parts]
     maps, pooled = zip(*chunks)
     return torch.cat(maps).cpu(), torch.cat(pooled).cpu()
 
@@ -224,13 +226,15 @@ def correspond(args, data, backbone, lines=15):
         right = ((found - truths[i]).abs() <= 0.5 / grid).all(1)  # (N,)
         inside = valid[i].nonzero().flatten()  # (n,)
         shown = inside[torch.randperm(len(inside))[:lines]]
+        pictures = visible(x)
+        starts = at[shown]
 
         title = f"{name}: truth"
         styles = lines * [RIGHT]
-        connect(axes[:, 2 * i], visible(x), title, at[shown], truths[i, shown], styles)
+        connect(axes[:, 2 * i], pictures, title, starts, truths[i, shown], styles)
         title = f"{name}: {right[inside].sum()} of {len(inside)} right"
         styles = [RIGHT if ok else WRONG for ok in right[shown]]
-        connect(axes[:, 2 * i + 1], visible(x), title, at[shown], found[shown], styles)
+        connect(axes[:, 2 * i + 1], pictures, title, starts, found[shown], styles)
     return figure
 
 
@@ -241,7 +245,8 @@ def objects(args, data, backbone, batch_size=32):
     cribo.check_sizes(args, grid, len(data))
     indices = image_and_others(args, data, args.bank_images + batch_size - 1)
     sample = partial(cribo.sample_views, size=args.size)
-    batches = [sampled(args, data, index, sample)[1] for index in indices]
+    read = progress(indices, len(indices), "reading images")
+    batches = [sampled(args, data, index, sample)[1] for index in read]
     batch = default_collate(batches)
     z_1, _ = encoded(args, backbone, to_input(batch.views[0], "cpu"))  # (n, N, D)
     z_2, _ = encoded(args, backbone, to_input(batch.views[1], "cpu"))
@@ -303,7 +308,8 @@ def embedded(args, data, backbone, index, count):
 def show_query(args, ax, image, boxes):
     """The image and the patch nearest to --query -> its number, the middles (P, 2) of all."""
     middles = boxes[:, :2] + boxes[:, 2:] / 2
-    wanted = torch.tensor(args.query) * torch.tensor([image.height, image.width])
+    sides = torch.tensor([image.height, image.width])
+    wanted = torch.tensor(args.query) * sides
     query = (middles - wanted).norm(dim=1).argmin()
     show(ax, image, f"query: {args.scale:g} of the area", *image.size)
     outline(ax, boxes[query], WRONG)
@@ -332,7 +338,8 @@ def neighbors(args, data, backbone, rows=5, columns=8):
     """BagSSL, Figs. 7-8: the patches nearest to one of them by cosine, before and after the
     projector, among 16 patches of each bank image. The first is the patch itself."""
     indices = image_and_others(args, data, args.bank_images)
-    bank = [embedded(args, data, backbone, index, 16) for index in indices]
+    read = progress(indices, len(indices), "features of images")
+    bank = [embedded(args, data, backbone, index, 16) for index in read]
     patches = [view for _, batch, _ in bank for view in batch.views]
     image, batch, spaces = bank[0]
     figure, axes = panels(1, 1 + len(spaces), width=1.6)
@@ -391,7 +398,8 @@ def smoothed(values):
     """The mean of each value and its neighbours, a twentieth of all; the ends are repeated."""
     reach = len(values) // 40
     window = np.ones(2 * reach + 1)
-    return np.convolve(np.pad(values, reach, "edge"), window / len(window), "valid")
+    padded = np.pad(values, reach, "edge")
+    return np.convolve(padded, window / len(window), "valid")
 
 
 def curves(args, columns=3):
@@ -410,7 +418,7 @@ def curves(args, columns=3):
             epochs = [line["epoch"] for line in lines]
             values = [line[name] for line in lines]
             if values:
-                ax.plot(epochs, values, ".-", color=colour, alpha=0.3, markersize=2)
+                ax.plot(epochs, values, ".-", color=colour, alpha=0.4, markersize=5)
                 ax.plot(epochs, smoothed(values), color=colour, label=path.name)
     lines_and_names = axes[0, 0].get_legend_handles_labels()
     figure.legend(*lines_and_names, loc="outside lower center", ncols=columns)
@@ -422,7 +430,8 @@ def curves(args, columns=3):
 METHODS = dict(vicregl=vicregl, lc_loss=lc_loss, cribo=cribo)
 COMMANDS = dict(matches=matches, correspond=correspond, objects=objects, heatmap=heatmap,
                 neighbors=neighbors, views=views, curves=curves)
-LOWEST = dict(size=1, seed=0, num_matches=1, num_objects=1, bank_images=1, scale=0.001)
+LOWEST = dict(index=0, seed=0, query=0, scale=0.001)  # of all other numbers: 1
+HIGHEST = dict(size=4096, query=1, scale=1)
 
 
 def parse_args():
@@ -431,11 +440,8 @@ def parse_args():
     flag = parser.add_argument
     flag("command", choices=COMMANDS)
     flag("runs", nargs="*", type=Path, help="curves: folders of runs")
-    flag("--checkpoint", default="random", help="a run's folder, or weights; random: untrained")
-    flag("--arch", help="known from a run's folder")
-    flag("--data", help="as in training; by default that of the run, or shapes")
+    add_flags(flag)
     flag("--index", type=int, default=0, help="which image of the validation part")
-    flag("--size", type=int, help="side of a view in pixels; by default that of the run")
     flag("--seed", type=int, default=0, help="of crops and colours")
     flag("--num-matches", type=int, default=10, help="matches: how many are drawn")
     flag("--num-objects", type=int, default=8, help="objects: K, clusters of an image")
@@ -448,10 +454,7 @@ def parse_args():
     flag("--out", type=Path, default="figure.png", help="the picture, a PNG file")
     args = parser.parse_args()
 
-    for name, low in LOWEST.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be {low} or more")
+    check(args, LOWEST, HIGHEST)
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out} must end in .png")
     return args
@@ -461,7 +464,8 @@ def draw(args):
     """The figure of a command."""
     if args.command == "curves":
         return curves(args)
-    if args.command == "views" and args.checkpoint == "random":
+    if args.command == "views" and args.checkpoint is None:  # it shows no features
+        args.checkpoint = "random"
         args.arch = "tiny_convnet"
     args.bf16 = False
     backbone = load(args)

@@ -1,37 +1,51 @@
 """Checkpoints of this project and of others as backbones, under our parameter names."""
-import argparse
-import codecs
+import contextlib
+import json
 import math
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from common import CONVNEXTS, VITS, UserError, build_backbone
+from common import ARCHITECTURES, CONVNEXTS, VITS, UserError, build_backbone
 
 HEADS = ("fc.", "head.", "heads.", "classifier.2.", "projector.", "maps_projector.",
          "projection_head.", "prototypes.")
+PREFIXES = ("_orig_mod.", "module.", "model.", "encoder_q.", "backbone.")  # in this order
+
+
+IGNORED = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
+           "numpy._core.multiarray.scalar")
+
+
+class Ignored:
+    """Stands for what a checkpoint holds beside tensors and plain values: nothing is computed."""
+
+    def __init__(self, *_):
+        pass
+
+    __setstate__ = __init__
 
 
 def read_checkpoint(path):
     """The dictionary in a checkpoint file or a run folder's last.pt; no code that it may hold runs.
-    Reads tensors, plain values, and DINO's numpy numbers and Namespace. Raises UserError."""
+    Reads tensors and plain values; DINO's numpy numbers and Namespace are Ignored. UserError."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a run folder, last.pt or backbone.pt")
-    scalar = np._core.multiarray.scalar
-    older_name = (scalar, "numpy.core.multiarray.scalar")
-    number = [scalar, older_name, np.dtype, np.dtypes.Float64DType, codecs.encode]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *number]):
+        with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes of the file make the unpickler raise
         reason = (str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
         raise UserError(f"{path} is no file of weights alone, not loaded ({reason})") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, no dictionary of weights")
+    beside = path.with_name("backbone.json")  # the flags of the run
+    if path.name.startswith("backbone") and beside.is_file():
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            return {"model": state, "args": json.loads(beside.read_text())}
     return state
 
 
@@ -77,7 +91,7 @@ def backbone_state(state, arch):
         dense = value.layout == torch.strided and value.is_cpu and not value.is_quantized
         if not dense or value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise UserError(f"the checkpoint's {key} is no plain tensor")
-    for prefix in ("module.", "backbone."):
+    for prefix in PREFIXES:
         inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         state = inner or state
     state = {key: value for key, value in state.items()
@@ -91,35 +105,39 @@ def backbone_state(state, arch):
     return state
 
 
+def fresh(state, arch, drop_path=0.0):
+    """A fresh backbone for images of the size that parameters under our names were made for."""
+    size = 224
+    if "conv1.weight" in state and state["conv1.weight"].shape[2:] == (3, 3):
+        size = 32  # the small stem
+    if arch in VITS and "pos_embed" in state and state["pos_embed"].ndim == 3:
+        size = VITS[arch][3] * math.isqrt(max(1, state["pos_embed"].shape[1] - 1))
+    layer_scale = any("layer_scale" in key for key in state)
+    return build_backbone(arch, size, drop_path, layer_scale)
+
+
 def load_backbone(checkpoint, arch=None, drop_path=0.0):
-    """A trained backbone in eval mode. checkpoint: a run folder or last.pt (which know their arch),
-    backbone.pt, a file of torchvision, timm, VICReg, VICRegL, DINO or CrIBo; or any of these,
-    loaded. Raises UserError, naming keys, where it does not fit."""
+    """A trained backbone in eval mode; .arch: by default what its run says, or its parameters' names
+    and shapes tell. checkpoint: a run folder or a file (also of torchvision, timm, VICReg, VICRegL,
+    DINO, CrIBo, MoCo), or its content. Raises UserError, naming keys, where it does not fit."""
     state = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
     name = "the checkpoint" if state is checkpoint else checkpoint
     if arch is None and isinstance(state.get("args"), dict):
         arch = state["args"].get("arch")
-    if not isinstance(arch, str):
-        raise UserError(f"{name} does not name its architecture: add --arch")
-    state = backbone_state(state, arch)
-
-    size = 224  # what the weights were made for
-    if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3:
-        size = 32  # the small stem
-    if "pos_embed" in state and "patch_embed.proj.weight" in state:
-        patches = math.isqrt(state["pos_embed"].shape[1] - 1)
-        size = patches * state["patch_embed.proj.weight"].shape[-1]
-    layer_scale = any("layer_scale" in key for key in state)
-    backbone = build_backbone(arch, size, drop_path, layer_scale)
-
-    own = backbone.state_dict()
-    wrong = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
-        "of another shape": [f"{key} {list(state[key].shape)}, not {list(own[key].shape)}"
-                             for key in own if key in state and state[key].shape != own[key].shape]}
-    said = [f"{len(keys)} {what} ({', '.join(keys[:4])})" for what, keys in wrong.items() if keys]
-    if said:
-        raise UserError(f"{name} is not a {arch}: {'; '.join(said)}; set --arch")
-    backbone.load_state_dict(state)
-    return backbone.eval()
+    candidates = [arch] if arch in ARCHITECTURES else ARCHITECTURES
+    for arch in candidates:
+        found = backbone_state(state, arch)
+        with torch.device("meta"):  # names and shapes alone
+            backbone = fresh(found, arch, drop_path)
+        theirs = {f"{key} {list(value.shape)}" for key, value in found.items()}
+        ours = {f"{key} {list(value.shape)}" for key, value in backbone.state_dict().items()}
+        if ours == theirs:
+            backbone.to_empty(device="cpu").load_state_dict(found)
+            backbone.arch = arch
+            return backbone.eval()
+    if len(candidates) > 1:
+        raise UserError(f"{name} fits none of {', '.join(candidates)}: add --arch to see why")
+    missing = sorted(ours - theirs)
+    other = sorted(theirs - ours)
+    raise UserError(f"{name} is not a {arch}: {len(missing)} missing ({', '.join(missing[:4])}), "
+                    f"{len(other)} unexpected ({', '.join(other[:4])}); set --arch")

@@ -1,6 +1,7 @@
 """The papers' evaluation protocols, for a checkpoint of any method; on one CPU or under torchrun.
 
     python -m evaluate knn --checkpoint runs/vicreg-shapes --baseline
+    python -m evaluate features --checkpoint runs/vicreg-shapes --data FOLDER --out x.npy
     torchrun --nproc_per_node=8 -m evaluate linear --checkpoint runs/vicreg-imagenet
     python -m evaluate PROTOCOL --help      # what it computes, and where it differs from the paper
 
@@ -8,9 +9,8 @@
 VICReg, VICRegL, DINO or CrIBo, or `random`: the untrained network. The result is appended to
 PROTOCOL.jsonl beside the checkpoint: a line of JSON with title, rows and settings.
 
---data: as in training. Masks (segment, retrieve) come with shapes, voc, a folder that holds
-train/images, train/masks, val/images and val/masks, or ADE20K's folder. They are 8-bit PNGs of
-class ids, 255 = void.
+--data: as in training. Masks (segment, retrieve), 8-bit PNGs of class ids, 255 = void, come with
+shapes, voc, a folder of train/images, train/masks, val/images, val/masks, or ADE20K's folder.
 """
 import argparse
 import contextlib
@@ -20,20 +20,33 @@ import math
 import os
 from pathlib import Path
 
+import torch
+
 import common
 import training
-from evaluate import bag, correspond, fewshot, knn, linear, retrieve, segment
-from evaluate.features import load, untrained
+from evaluate import bag, correspond, export, fewshot, knn, linear, retrieve, segment
+from evaluate.features import add_flags, load, say, untrained
 
-PROTOCOLS = dict(knn=knn, linear=linear, fewshot=fewshot, segment=segment, retrieve=retrieve,
-                 correspond=correspond, bag=bag)
-LOWEST = dict(workers=0, lr=0, patch_scale=0.001)  # of all other numbers: 1
-HIGHEST = dict(workers=1024, size=4096, patch_scale=1)
+PROTOCOLS = dict(features=export, knn=knn, linear=linear, fewshot=fewshot, segment=segment,
+                 retrieve=retrieve, correspond=correspond, bag=bag)
+LOWEST = dict(workers=0, lr=0, patch_scale=0.001, void=0, labels=0)  # of all other numbers: 1
+HIGHEST = dict(workers=1024, size=4096, patch_scale=1, void=255)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise common.UserError(f"{message}; see --help")
+
+
+def check(args, lowest, highest):
+    """Raises UserError for a number among args that is out of these limits, or below 1."""
+    for name, values in vars(args).items():
+        low, high = lowest.get(name, 1), highest.get(name, math.inf)
+        for value in values if isinstance(values, list) else [values]:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and not low <= value <= high:
+                raise common.UserError(f"--{name.replace('_', '-')} {value}: it must be at least "
+                                       f"{low} and at most {high}")
 
 
 def parse_args():
@@ -47,24 +60,15 @@ def parse_args():
         command = commands.add_parser(name, help=header.splitlines()[0], description=header,
                                       formatter_class=form)
         flag = command.add_argument
-        flag("--checkpoint", required=True, help="a run folder, a file of weights, or 'random'")
-        flag("--baseline", action="store_true", help="the untrained network too, in further rows")
-        flag("--arch", help="known from a run folder; " + ", ".join(common.ARCHITECTURES))
-        flag("--stem-padding", type=int, default=1, help="2 for solo-learn's ResNets of CIFAR")
-        flag("--data", help="by default that of the run")
-        flag("--size", type=int, help="side of images in pixels; by default that of the run")
+        add_flags(flag)
         flag("--bf16", action=argparse.BooleanOptionalAction, help="by default as in the run")
         flag("--workers", type=int, default=min(12, cores), help="data loading processes")
+        if protocol is not export:
+            flag("--baseline", action="store_true", help="the untrained network too, in more rows")
         if hasattr(protocol, "add_flags"):
             protocol.add_flags(flag)
     args = parser.parse_args()
-    for name, values in vars(args).items():
-        low, high = LOWEST.get(name, 1), HIGHEST.get(name, math.inf)
-        for value in values if isinstance(values, list) else [values]:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and name != "labels" and not low <= value <= high:
-                raise common.UserError(f"--{name.replace('_', '-')} {value}: it must be at least "
-                                       f"{low} and at most {high}")
+    check(args, LOWEST, HIGHEST)
     return args
 
 
@@ -100,13 +104,17 @@ def evaluate(args):
     protocol = PROTOCOLS[args.protocol]
     backbone = load(args, getattr(protocol, "SIZE", None))
     data = protocol.prepare(args)
-    networks = [(args.checkpoint, backbone, args)]
-    if args.baseline:
+    short = "/".join(Path(args.checkpoint).parts[-2:])
+    networks = [(short, backbone, args)]
+    if vars(args).get("baseline"):
         settings = argparse.Namespace(**vars(args) | {"checkpoint": "random"})
         networks.append(("random initialisation", untrained(args, backbone), settings))
+    say(f"{protocol.NAME} of {args.checkpoint}: {args.arch} for {args.size} pixels, "
+        f"on {args.data}, {args.device.type}")
     table = {}
     for network, backbone, settings in networks:
-        rows = protocol.run(backbone.to(args.device), data, settings)
+        backbone = backbone.to(args.device, memory_format=torch.channels_last)
+        rows = protocol.run(backbone, data, settings)
         for name, row in rows.items():
             table[f"{network}: {name}" if name else network] = row
     return f"{protocol.NAME} on {args.data}, %", table
@@ -117,7 +125,7 @@ def main():
         args = parse_args()
         args.device = training.set_up(seed=0)
         title, rows = evaluate(args)
-        if training.rank_and_world()[0]:
+        if training.rank_and_world()[0] or not rows:
             return
         if args.checkpoint != "random":
             path = Path(args.checkpoint)

@@ -113,7 +113,7 @@ def run(backbone, data, args):
     def add_rows(first, second, **how):
         """A row for the first backbone.dim columns of the features, one for the others, if any."""
         y, labels = labelled(*all_features(backbone, train, args, **how))
-        queries, targets = all_features(backbone, val, args, **how)
+        queries, targets, _ = all_features(backbone, val, args, **how)
         widths = [backbone.dim, y.shape[1] - backbone.dim]
         for name, rows, q in zip([first, second], y.split(widths, 1), queries.split(widths, 1)):
             if rows.shape[1]:

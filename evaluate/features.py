@@ -1,6 +1,6 @@
-"""What protocols start from: a checkpoint's backbone, and representations of a data set, whose
-images the processes share."""
-import math
+"""What protocols start from: a checkpoint's backbone, and representations of a data set."""
+import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -11,12 +11,24 @@ import weights
 
 # --- 1. Checkpoints -------------------------------------------------------------------------------
 
+def add_flags(flag):
+    """The flags of every command that starts from a checkpoint."""
+    flag("--checkpoint", help="a run folder, a file of weights, or random: an untrained network")
+    flag("--arch", help="by default what the run or the weights tell; "
+         + ", ".join(common.ARCHITECTURES))
+    flag("--stem-padding", type=int, default=1, help="2 for solo-learn's ResNets of CIFAR")
+    flag("--data", help="as in training; by default that of the run, or shapes")
+    flag("--size", type=int, help="side of images in pixels; by default that of the run, or 224")
+
+
 def load(args, size=None):
     """The backbone of args.checkpoint, a path or `random`. Raises UserError.
 
     What is None of args.arch, .data, .size and .bf16 becomes that of the run that trained it;
     args.run: that run's flags, or {}. size: in place of the run's, for other data than shapes.
     """
+    if args.checkpoint is None:
+        raise common.UserError("--checkpoint is missing: a run folder, weights, or random")
     args.run = {}
     if args.checkpoint != "random":
         flags = weights.read_checkpoint(args.checkpoint).get("args")
@@ -39,34 +51,35 @@ def load(args, size=None):
         return common.build_backbone(args.arch, args.size)
 
     backbone = weights.load_backbone(args.checkpoint, args.arch or None)
-    padding = vars(args).get("stem_padding", 1)  # only evaluations have this flag
-    if padding != 1:
+    args.arch = backbone.arch
+    if args.stem_padding != 1:
         if not isinstance(backbone, common.ResNet):
             raise common.UserError(f"--stem-padding is for a ResNet, not for {args.arch}")
-        backbone.conv1.padding = (padding, padding)
-    for name, value in backbone.state_dict().items():
-        if not value.isfinite().all():
-            raise common.UserError(f"{args.checkpoint} is no trained network: {name} holds NaN or "
-                                   "infinity; take an earlier checkpoint")
+        backbone.conv1.padding = (args.stem_padding, args.stem_padding)
+    bad = [name for name, value in backbone.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise common.UserError(f"{args.checkpoint} is no trained network: {bad[0]} holds NaN or "
+                               "infinity; take an earlier checkpoint")
     return backbone
 
 
 def untrained(args, backbone):
     """The network of the same architecture and size from which a run of the same seed starts."""
-    state = backbone.state_dict()
-    size = 32 if backbone.stride == 8 else 224  # ResNets differ: under 100 pixels the small stem
-    if "pos_embed" in state:
-        size = math.isqrt(state["pos_embed"].shape[1] - 1) * backbone.stride
-    layer_scale = any("layer_scale" in name for name in state)
     seed = args.run.get("seed", 0)
     torch.manual_seed(seed if isinstance(seed, int) else 0)
-    fresh = common.build_backbone(args.arch, size, layer_scale=layer_scale)
+    fresh = weights.fresh(backbone.state_dict(), args.arch)
     if isinstance(fresh, common.ResNet):
         fresh.conv1.padding = backbone.conv1.padding
     return fresh
 
 
 # --- 2. Processes ---------------------------------------------------------------------------------
+
+def say(text):
+    """Prints, on the first process alone."""
+    if training.rank_and_world()[0] == 0:
+        training.say(text)
+
 
 def summed(x):
     """The sum of x over processes, in place."""
@@ -83,12 +96,28 @@ def concatenated(x, dim=0):
     counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
     counts[dist.get_rank()] = len(x)
     counts = summed(counts).tolist()
-    padded = x.new_zeros(max(counts), *x.shape[1:])  # all_gather wants equal shapes
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    parts = [part[:count] for part, count in zip(parts, counts)]
-    return torch.cat(parts).movedim(0, dim)
+    parts = list(x.new_zeros(sum(counts), *x.shape[1:]).split(counts))
+    parts[dist.get_rank()] = x
+    return summed(torch.cat(parts)).movedim(0, dim)  # each row plus zeros
+
+
+def progress(steps, total, what):
+    """Yields the steps, and tells on stderr how much of `total` is done and the time left: on a
+    terminal in one line, written anew each second; else in a line after 5 s, then every 10 s."""
+    terminal = sys.stderr.isatty()
+    pause, end = (1, "") if terminal else (10, "\n")
+    begin = time.monotonic()
+    due = begin + pause / 2
+    for done, step in enumerate(steps, 1):
+        yield step
+        now = time.monotonic()
+        if now >= due and training.rank_and_world()[0] == 0:
+            due = now + pause
+            left = (now - begin) * (total / done - 1)
+            left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+            training.say(f"{what}: {done / total:.0%}, {left} left", sys.stderr, end)
+    if terminal:
+        training.say("", sys.stderr, end="")
 
 
 # --- 3. Images ------------------------------------------------------------------------------------
@@ -97,8 +126,11 @@ def open_labelled(args):
     """The training and validation parts of --data, which must have labels. Raises UserError."""
     train, val = [common.open_data(args.data, split, args.size) for split in ("train", "val")]
     if val is None or not val.classes or train.classes != val.classes:
+        lone = sorted({*train.classes}.symmetric_difference(val.classes if val else ()))
+        found = f"not in both: {', '.join(lone[:6])}" if val else "there is no val/"
         raise common.UserError(f"{args.protocol} needs labels: {args.data} must hold train/CLASS/ "
-                               "and val/CLASS/ (or test/CLASS/) with the same classes")
+                               "and val/CLASS/ (or valid/, test/) with the same classes; "
+                               + (found if lone else "no image has a label"))
     return train, val
 
 
@@ -142,12 +174,15 @@ def read_batches(data, view, args, batch_size):
     chunks = torch.arange(len(data)).split(batch_size)[rank::world]
     views = Stacked(data, lambda image: view(image, size=args.size), seed=0)
     keys = [chunk.tolist() for chunk in chunks]
-    for index, batch in zip(chunks, training.data_loader(views, args.workers, batch_sampler=keys)):
-        whole = ~batch.broken  # another image has taken the place of a broken one
-        if batch.broken.any():
+    loader = training.data_loader(views, args.workers, batch_sampler=keys,
+                                  pin_memory=args.device.type == "cuda")
+    for index, batch in progress(zip(chunks, loader), len(chunks), f"{len(data)} images"):
+        if batch.broken.any():  # another image has taken the place of a broken one
             training.warn(f"{int(batch.broken.sum())} such image(s) have no part in the result")
-        parts = [part[whole].to(args.device) for part in batch]
-        yield index[whole].to(args.device), common.Batch(*parts)
+            index = index[~batch.broken]
+            batch = [part[~batch.broken] for part in batch]
+        parts = [part.to(args.device, non_blocking=True) for part in batch]
+        yield index.to(args.device), common.Batch(*parts)
 
 
 # --- 4. Representations ---------------------------------------------------------------------------
@@ -159,9 +194,7 @@ def pooled(backbone, x):
 @torch.no_grad()
 def features(backbone, data, args, read=pooled, view=center_view, batch_size=256):
     """Yields representations (b, D) in float32, labels and indices (b,) of this process's images.
-
-    view(image, size) -> V views; read(backbone, their inputs (b V, 3, size, size)) -> (b, D).
-    """
+    view(image, size) -> V views; read(backbone, their inputs (b V, 3, size, size)) -> (b, D)."""
     backbone.eval()
     for index, batch in read_batches(data, view, args, batch_size):
         x = to_input(batch.views.flatten(0, 1), args.device)
@@ -171,14 +204,14 @@ def features(backbone, data, args, read=pooled, view=center_view, batch_size=256
 
 
 def all_features(backbone, data, args, **how):
-    """The same of all processes' images, in the order of the data: (n, D) and (n,)."""
+    """The same of all processes' images, in the order of the data: (n, D), (n,) and (n,)."""
     columns = zip(*features(backbone, data, args, **how))
     y, labels, index = [concatenated(torch.cat(parts)) for parts in columns]
     order = index.argsort()
-    return y[order], labels[order]
+    return y[order], labels[order], index[order]
 
 
-def labelled(y, labels):
+def labelled(y, labels, _=None):
     """Without the images that have no label, as in STL-10."""
     return y[labels >= 0], labels[labels >= 0]
 

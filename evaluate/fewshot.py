@@ -50,7 +50,7 @@ def draw_episode(members, ways, count, generator):
 
 def run(backbone, data, args, ways=5, shots=5, queries=15, episodes=600):
     """Mean accuracy in % over episodes."""
-    y, labels = all_features(backbone, data, args)
+    y, labels, _ = all_features(backbone, data, args)
     y = F.normalize(y, dim=1)
     count = shots + queries
     members = []

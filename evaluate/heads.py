@@ -1,4 +1,6 @@
 """Training heads on a backbone, all learning rates of a sweep in one pass; tables; mIoU."""
+import statistics
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -6,7 +8,7 @@ from torch import nn
 
 import common
 import training
-from evaluate.features import summed
+from evaluate.features import progress, summed
 
 
 class Heads(nn.Module):
@@ -42,7 +44,6 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
     """Trains each head of a Heads at its own rate, the backbone at backbone_lr (None: frozen).
     batches: `total` pairs of input and target; schedule(progress, 0 to 1) -> all rates' factor."""
     model, ddp = training.distribute(model, device)
-    rank, world = training.rank_and_world()
     groups = [dict(params=list(head.parameters())) for head in model.heads]
     peaks = list(lrs)
     if backbone_lr is not None:
@@ -50,18 +51,13 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
         peaks.append(backbone_lr)
     optimizer = optimizer(groups)
 
-    for step, (x, target) in enumerate(batches):
+    for step, (x, target) in enumerate(progress(batches, total, f"{total} steps")):
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * schedule(step / total)
         losses = torch.stack([cross_entropy(logits, target) for logits in ddp(x)])
         optimizer.zero_grad()
         losses.sum().backward()  # each head's gradient is its own: they share no parameter
         optimizer.step()
-        if (step + 1) % max(1, total // 10) == 0:
-            losses = summed(losses.detach()) / world
-            if rank == 0:
-                shown = [f"{loss:.3f}" for loss in losses.tolist()]
-                print(f"step {step + 1}/{total}  loss", *shown, flush=True)
 
     if dist.is_initialized():  # BatchNorm's statistics on the CPU are each process's own
         for buffer in model.buffers():
@@ -95,13 +91,17 @@ def confusion(predicted, mask, num_classes):
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def mean_iou(counts):
-    """Intersection over union in %, the mean over the classes that occur in the masks; counts: the
-    confusion of all images."""
-    counts = counts.double()
+def ious(counts):
+    """Intersection over union in % of the classes that occur in the masks, {class: IoU}; counts:
+    the confusion of all images. Raises UserError."""
     intersection = counts.diag()
     union = counts.sum(0) + counts.sum(1) - intersection
-    present = counts.sum(1) > 0
-    if not present.any():
+    present = counts.sum(1).nonzero().flatten()
+    if not len(present):
         raise common.UserError("the validation masks hold nothing but void")
-    return 100 * (intersection / union)[present].mean().item()
+    share = 100 * intersection[present].double() / union[present]
+    return dict(zip(present.tolist(), share.tolist()))
+
+
+def mean_iou(counts):
+    return statistics.fmean(ious(counts).values())

@@ -75,7 +75,7 @@ def vote(similarity, labels, num_classes, temperature=None):
 def run(backbone, data, args, ks=(20, 200), temperature=0.07):
     """Accuracy in % of k-NN classifiers on representations."""
     train, val = data
-    queries, targets = all_features(backbone, val, args)
+    queries, targets, _ = all_features(backbone, val, args)
     shares = features(backbone, train, args)
     memory = (labelled(y, labels) for y, labels, _ in shares)
     similarity, labels = nearest_of_all(queries, memory, max(ks))

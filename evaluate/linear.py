@@ -1,12 +1,11 @@
-r"""A linear classifier. VICReg, Appendix B.3, Table 1; VICRegL, Appendix D.1
+"""A linear classifier. VICReg, Appendix B.3, Table 1; VICRegL, Appendix D.1
 
-SGD, 100 epochs, cosine decay, random crops of 0.2 to 1 of the area and flips, on a frozen backbone;
-a classifier for each learning rate, in one pass: VICReg has 0.02, VICRegL the best of the others.
-Or semi-supervised: with 1% or 10% of the labels, and the backbone is trained too (VICReg B.3).
+SGD, 100 epochs, cosine decay, crops of 0.2 to 1 of the area and flips, on a frozen backbone; one
+classifier a learning rate, in one pass: VICReg has 0.02, VICRegL the best of the others.
+Or --finetune --labels 0.01 (or 0.1): with 1% of the labels, and the backbone is trained too (B.3).
 
     python -m evaluate linear --checkpoint runs/vicreg-shapes --no-augment             # quick
-    torchrun --nproc_per_node=8 -m evaluate linear --checkpoint resnet50.pth --arch resnet50 \
-        --data imagenet [--finetune --labels 0.01]
+    torchrun --nproc_per_node=8 -m evaluate linear --checkpoint resnet50.pth --data imagenet
 
 Differences
  1. The 1% and 10% are drawn here, the same share of each class; the paper uses SimCLR's lists.
@@ -138,6 +137,7 @@ def run(backbone, data, args):
     if args.augment:
         heads = fit_on_images(backbone, train, args)
     else:
-        y, labels = labelled(*all_features(backbone, train, args))
-        heads = fit_on_kept(y, labels, len(train.classes), args)
-    return sweep_table(args.lr, accuracies(heads, *all_features(backbone, val, args)))
+        kept = labelled(*all_features(backbone, train, args))
+        heads = fit_on_kept(*kept, len(train.classes), args)
+    queries, targets, _ = all_features(backbone, val, args)
+    return sweep_table(args.lr, accuracies(heads, queries, targets))

@@ -10,9 +10,14 @@ from PIL import Image
 import common
 import shapes
 import training
-from evaluate.features import to_input
+from evaluate.features import progress, say, to_input
 
 VOID = 255
+
+
+def mask_flags(flag):
+    flag("--masks", default="masks", help="name of the folders of masks, beside images/")
+    flag("--void", type=int, default=VOID, help="class id that does not count, as 255 does not")
 
 
 class MaskedShapes(shapes.Shapes):
@@ -24,27 +29,31 @@ class MaskedShapes(shapes.Shapes):
 
 
 class Masked:
-    """Images and masks in files, from whose class ids `shift` is subtracted, modulo 256. All are
-    read once, before anything is computed. Raises UserError, naming the file that is wrong."""
-
-    def __init__(self, images, masks, num_classes=None, shift=0):
+    """Images in a folder (all, or `images`) and masks of the same names in another, where `void`
+    becomes 255. All are read once, before anything is computed. UserError names what is wrong."""
+    def __init__(self, folder, masks, num_classes=None, void=VOID, images=None):
+        if images is None and os.path.isdir(folder):
+            images = common.find_images(folder)
+        if not images:
+            raise common.UserError(f"no images in {folder}: --data is shapes, voc, or a folder: of "
+                                   "ADE20K, or of train/images, train/masks, val/images, val/masks")
+        names = [images.name(i).replace(str(folder), str(masks), 1) for i in range(len(images))]
         self.images = images
-        self.masks = common.Images(masks)
-        self.shift = shift
+        self.masks = common.Images([Path(name).with_suffix(".png") for name in names])
+        self.void = void
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            largest = list(pool.map(self.largest_id, range(len(images))))
+            ids = pool.map(lambda i: np.setdiff1d(self.pair(i)[1], VOID), range(len(images)))
+            ids = list(progress(ids, len(images), "reading masks"))
+        say(f"{len(images)} masks with the classes {np.unique(np.concatenate(ids))}")
+        largest = [int(found.max(initial=0)) for found in ids]
         self.num_classes = num_classes or max(largest) + 1
         if max(largest) >= self.num_classes:
             worst = self.masks.name(np.argmax(largest))
-            raise common.UserError(f"{worst} holds the class id {max(largest)}, but there are "
-                                   f"{self.num_classes} classes")
+            raise common.UserError(f"{worst} holds the class id {max(largest)}; classes are 0 to "
+                                   f"{self.num_classes - 1}")
 
     def __len__(self):
         return len(self.images)
-
-    def largest_id(self, index):
-        ids = np.asarray(self.pair(index)[1])
-        return int(ids.max(initial=0, where=ids != VOID))
 
     def pair(self, index):
         """The RGB image and its mask, both PIL."""
@@ -54,27 +63,14 @@ class Masked:
         try:
             image = self.images.load(index)
             with Image.open(path, formats=["PNG"]) as mask:
-                mode = mask.mode
                 ids = np.array(mask)
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
             raise common.UserError(f"cannot read {name} or its mask {path} ({error})") from error
-        if mode not in ("L", "P"):
-            raise common.UserError(f"{path} is no 8-bit image of class ids: its mode is {mode}")
-        if ids.shape != (image.height, image.width):
-            raise common.UserError(f"{path} has {ids.shape[1]} x {ids.shape[0]} pixels, its image "
-                                   f"{image.width} x {image.height}")
-        return image, Image.fromarray(ids - np.uint8(self.shift))
-
-
-def with_masks(folder, masks, num_classes=None, shift=0, images=None):
-    """Images in a folder (None: all in it) with the masks of the same names in another folder."""
-    if images is None:
-        images = common.find_images(folder)
-    if not len(images):
-        raise common.UserError(f"no images in {folder}: give shapes, voc, ADE20K's folder, or one "
-                               "with train/images, train/masks, val/images and val/masks")
-    names = [images.name(i).replace(str(folder), str(masks), 1) for i in range(len(images))]
-    return Masked(images, [Path(name).with_suffix(".png") for name in names], num_classes, shift)
+        if mask.mode not in ("L", "P") or mask.size != image.size:
+            raise common.UserError(f"{path} is no 8-bit image of class ids, of {image.size} pixels "
+                                   f"as its image: its mode is {mask.mode}, its size {mask.size}")
+        ids[ids == self.void] = VOID
+        return image, Image.fromarray(ids)
 
 
 def open_masks(args):
@@ -83,15 +79,16 @@ def open_masks(args):
         return [MaskedShapes(split, 3 * args.size // 2) for split in ("train", "val")]
     if args.data == "voc":
         parts = [common.open_data("voc", split) for split in ("train", "val")]
-        return [with_masks("JPEGImages", "SegmentationClass", 21, images=part) for part in parts]
+        return [Masked("JPEGImages", "SegmentationClass", 21, images=part) for part in parts]
     root = Path(args.data)
     if not root.is_dir():
         root = Path(os.environ.get("DATA", "data")) / args.data
-    if (root / "annotations").is_dir():  # ADE20K's own layout; its class 0 is void
-        return [with_masks(root / "images" / split, root / "annotations" / split, 150, shift=1)
+    if (root / "annotations").is_dir():  # ADE20K's own layout and classes, 1 to 150
+        return [Masked(root / "images" / split, root / "annotations" / split, 151, void=0)
                 for split in ("training", "validation")]
-    train = with_masks(root / "train" / "images", root / "train" / "masks")
-    return [train, with_masks(root / "val" / "images", root / "val" / "masks", train.num_classes)]
+    train = Masked(root / "train/images", root / "train" / args.masks, None, args.void)
+    val = Masked(root / "val/images", root / "val" / args.masks, train.num_classes, args.void)
+    return [train, val]
 
 
 def targets(mask):
@@ -136,8 +133,9 @@ class Whole(torch.utils.data.Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1), targets(mask)
 
 
-def whole_images(data, indices, size, stride, args):
+def whole_images(data, indices, size, stride, args, what="validation images"):
     """Yields a backbone's inputs (1, 3, h, w) and masks (H0, W0), one image at a time."""
-    whole = Whole(data, size, stride)
-    for image, mask in training.data_loader(whole, args.workers, batch_size=None, sampler=indices):
-        yield to_input(image[None], args.device), mask.to(args.device)
+    pairs = training.data_loader(Whole(data, size, stride), args.workers, batch_size=None,
+                                 sampler=indices, pin_memory=args.device.type == "cuda")
+    for image, mask in progress(pairs, len(indices), what):
+        yield to_input(image[None], args.device), mask.to(args.device, non_blocking=True)

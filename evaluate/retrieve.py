@@ -25,13 +25,14 @@ import training
 from evaluate.features import concatenated, summed
 from evaluate.heads import confusion, mean_iou
 from evaluate.knn import nearest_of_all, vote
-from evaluate.masks import open_masks, whole_images
+from evaluate.masks import mask_flags, open_masks, whole_images
 
 NAME = "retrieval"
 prepare = open_masks
 
 
 def add_flags(flag):
+    mask_flags(flag)
     flag("--subsample", type=int, nargs="+", default=[1, 8, 64, 128],
          help="one of so many training images is used")
     flag("--runs", type=int, default=5, help="draws of these images")
@@ -63,9 +64,9 @@ def majority(mask, cell, n, num_classes):
 
 
 @torch.no_grad()
-def patches(backbone, data, indices, args):
+def patches(backbone, data, indices, args, what="validation images"):
     """Yields the Patches of each of these images."""
-    for x, mask in whole_images(data, indices, None, backbone.stride, args):
+    for x, mask in whole_images(data, indices, None, backbone.stride, args, what):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             maps = backbone.stages(x)[-1].float()  # (1, D, h, w)
         h, w = maps.shape[2:]
@@ -80,7 +81,8 @@ def memory(backbone, train, factor, draw, args):
     order = np.random.default_rng((factor, draw)).permutation(len(train))
     count = math.ceil(len(train) / factor)
     mine = order[:count][rank::world].tolist()
-    for image in patches(backbone, train, mine, args):
+    what = f"1/{factor} of the training images, draw {draw + 1}"
+    for image in patches(backbone, train, mine, args, what):
         known = image.labels >= 0
         yield image.features[known], image.labels[known]
 

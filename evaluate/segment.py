@@ -22,6 +22,7 @@ the CPU, BatchNorm that is trained here has each process's own statistics.
 """
 import copy
 import functools
+import textwrap
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,9 @@ from torch import nn
 
 import common
 import training
-from evaluate.features import summed, to_input
-from evaluate.heads import Heads, confusion, fit, mean_iou, shuffled, sweep_table
-from evaluate.masks import Crops, open_masks, whole_images
+from evaluate.features import say, summed, to_input
+from evaluate.heads import Heads, confusion, fit, ious, mean_iou, shuffled, sweep_table
+from evaluate.masks import Crops, mask_flags, open_masks, whole_images
 
 NAME = "segmentation"
 prepare = open_masks
@@ -42,6 +43,7 @@ FINETUNE_LRS = [1e-4, 8e-5, 3e-5, 1e-5, 8e-6, 3e-6, 1e-6]
 
 
 def add_flags(flag):
+    mask_flags(flag)
     flag("--lr", type=float, nargs="+", help="by default those of VICRegL, D.2")
     flag("--steps", type=int, default=40_000)
     flag("--batch-size", type=int, default=16, help="of all processes together")
@@ -98,8 +100,8 @@ def train_heads(backbone, read, train, lrs, optimizer, args):
 
 
 @torch.no_grad()
-def evaluate_heads(model, val, stride, args):
-    """mIoU in % of each head on whole images, each mask in its own size."""
+def evaluate_heads(model, val, lrs, stride, args):
+    """mIoU in % of each head on whole images, each mask in its own size; prints that of classes."""
     rank, world = training.rank_and_world()
     c = val.num_classes
     counts = torch.zeros(len(model.heads), c, c, dtype=torch.long, device=args.device)
@@ -108,7 +110,11 @@ def evaluate_heads(model, val, stride, args):
         for count, logits in zip(counts, model(x)):
             logits = F.interpolate(logits, mask.shape, mode="bilinear")  # (1, C, H0, W0)
             count += confusion(logits[0].argmax(0), mask, c)
-    return [{"mIoU": mean_iou(count)} for count in summed(counts)]
+    counts = summed(counts)
+    for lr, count in zip(lrs, counts):
+        shown = [f"{c}: {iou:.1f}" for c, iou in ious(count).items()]
+        say(textwrap.fill(f"lr {lr:g}, IoU of class {', '.join(shown)}", 100))
+    return [{"mIoU": mean_iou(count)} for count in counts]
 
 
 def run(backbone, data, args):
@@ -130,5 +136,5 @@ def run(backbone, data, args):
     rows = []
     for group in groups:
         model = train_heads(backbone, read, train, group, optimizer, args)
-        rows += evaluate_heads(model, val, backbone.stride, args)
+        rows += evaluate_heads(model, val, group, backbone.stride, args)
     return sweep_table(lrs, rows)

@@ -2,6 +2,7 @@
 import concurrent.futures
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import make_images, on_processes, script, user_error
+from helpers import make_images, on_processes, script, start, user_error
 from PIL import Image
 
 import bagssl
@@ -18,11 +19,11 @@ import common
 import shapes
 import training
 from evaluate import __main__ as command
-from evaluate import bag, correspond, features, fewshot, heads, knn, linear, masks, retrieve
+from evaluate import bag, correspond, export, features, fewshot, heads, knn, linear, masks, retrieve
 from evaluate import segment as segmentation
 
 CPU = torch.device("cpu")
-ARGS = dict(stem_padding=1,
+ARGS = dict(stem_padding=1, masks="masks", void=255,
     protocol="p", checkpoint="c", data="data", size=32, workers=0, bf16=False, device=CPU, run={},
     finetune=False, labels=None, augment=True, epochs=2, batch_size=4, lr=[0.5, 0.05],
     head="linear", layers=1, steps=60, subsample=[1, 2], runs=5, chunk=3)
@@ -136,8 +137,8 @@ def test_center_view():
 def test_broken_images_have_no_part(classes, capsys):
     (classes / "val" / "class0" / "broken.png").write_bytes(b"not an image")
     _, val = open_parts(classes)
-    y, labels = features.all_features(Means(), val, settings(size=16))
-    assert len(val) == 16 and len(y) == len(labels) == 15
+    y, labels, index = features.all_features(Means(), val, settings(size=16))
+    assert len(val) == 16 and len(y) == len(labels) == len(index) == 15
     assert "no part in the result" in capsys.readouterr().err
 
 
@@ -207,11 +208,13 @@ def test_baseline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes.Shapes, "__len__", lambda self: 40)
     save_run(tmp_path)
     run_command(monkeypatch, f"knn --checkpoint {tmp_path} --baseline --workers 0")
-    *printed, explained = capsys.readouterr().out.splitlines()
+    told, *printed, explained = capsys.readouterr().out.splitlines()
+    assert told == f"k-NN of {tmp_path}: tiny_convnet for 32 pixels, on shapes, cpu"
     assert explained.startswith("A validation image gets the class of most of its k nearest")
     header, first, second = [re.split(r"\s{2,}", line) for line in printed]
     assert header == ["k-NN on shapes, %", "20-NN", "20-NN weighted", "200-NN", "200-NN weighted"]
-    assert first[0] == str(tmp_path) and second[0] == "random initialisation"
+    name = f"{tmp_path.parent.name}/{tmp_path.name}"  # short
+    assert first[0] == name and second[0] == "random initialisation"
     assert len({len(line) for line in printed}) == 1  # the columns are below one another
 
     torch.manual_seed(3)  # the run's
@@ -221,12 +224,12 @@ def test_baseline(tmp_path, monkeypatch, capsys):
     result, = results(tmp_path, "knn")
     assert result["title"] == "k-NN on shapes, %"
     assert result["rows"]["random initialisation"] == expected
-    assert result["rows"][str(tmp_path)] != expected
+    assert result["rows"][name] != expected
 
     run_command(monkeypatch, f"segment --checkpoint {tmp_path} --baseline --workers 0 --steps 1 "
                 "--lr 0.1 0.2 --batch-size 2")
     rows = results(tmp_path, "segment")[0]["rows"]
-    assert list(rows) == [f"{network}: {row}" for network in (tmp_path, "random initialisation")
+    assert list(rows) == [f"{network}: {row}" for network in (name, "random initialisation")
                           for row in ("lr 0.1", "lr 0.2", "best")]
 
 
@@ -288,11 +291,27 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, word):
     assert word in said
 
 
+@pytest.mark.parametrize("rename,words", [
+    (("val", "validation"), "there is no val/"), (("val/class1", "val/cat"), "both: cat, class1"),
+    (("val/class1", "val/class0/x"), "both: class0, class1, class2"),
+    (("train", "x"), "not in both: class0"),
+])
+def test_why_labels_are_missing(classes, monkeypatch, capsys, rename, words):
+    (classes / rename[0]).rename(classes / rename[1])
+    said = user_error(command.main, monkeypatch, capsys, "knn", "--checkpoint", "random", "--arch",
+                      "tiny_convnet", "--data", classes, "--size", 32)
+    assert "knn needs labels" in said and words in said
+
+
 @pytest.mark.parametrize("flags,words", [
     ("linear --finetune", "go together"), ("linear --labels 0.1", "go together"),
     ("linear --finetune --labels 0.1 --no-augment", "go together"),
     ("linear --batch-size 99999", "at most the 10000 training images"),
     ("bag --bags 4 8", "squares"), ("bag --bags 0", "--bags 0"),
+    ("segment --void 300", "--void 300"), ("segment --masks nowhere --data .", "no images in"),
+    ("features --out x.txt", "x.txt must end in .npy"), ("features --out /proc/x/y.npy", "/proc/x"),
+    ("features --out x.npy --baseline", "--baseline"), ("features", "--out"),
+    ("knn --stem-padding -1", "--stem-padding -1"),
     ("bag --patch-scale 1.5", "--patch-scale 1.5"), ("bag --patch-scale 0", "--patch-scale 0"),
     ("retrieve --subsample 0", "--subsample 0"), ("retrieve --subsample 8 -1", "--subsample -1"),
     ("retrieve --chunk 0", "--chunk 0"), ("retrieve --runs 0", "--runs 0"),
@@ -342,7 +361,8 @@ def test_print_table(capsys):
 
 def test_the_run_gives_data_and_size_and_nothing_else(tmp_path):
     backbone = save_run(tmp_path, arch="tiny_vit", data="cifar10", bf16=True, epochs=9)
-    args = dict(checkpoint=str(tmp_path), data=None, size=48, bf16=None, arch=None, epochs=None)
+    args = dict(checkpoint=str(tmp_path), data=None, size=48, bf16=None, arch=None, epochs=None,
+                stem_padding=1)
     args = SimpleNamespace(**args)
     loaded = features.load(args)
     assert (args.data, args.size, args.bf16, args.epochs) == ("cifar10", 48, True, None)
@@ -354,6 +374,115 @@ def test_the_run_gives_data_and_size_and_nothing_else(tmp_path):
     args.data, args.size = "shapes", None
     features.load(args, size=512)
     assert args.size == 32
+
+
+# --- what is told on the way ----------------------------------------------------------------------
+
+class Clock:
+    """time.monotonic() that each look moves on."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.now = 0
+
+    def __call__(self):
+        self.now += self.seconds
+        return self.now
+
+
+def told(monkeypatch, capsys, steps, seconds, terminal):
+    monkeypatch.setattr(features.time, "monotonic", Clock(seconds))
+    monkeypatch.setattr(features.sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert list(features.progress(range(steps), steps, "40 images")) == list(range(steps))
+    return capsys.readouterr().err
+
+
+def test_progress_in_a_file_comes_by_time(monkeypatch, capsys):
+    assert told(monkeypatch, capsys, 10, 0.1, False) == ""  # over before it is worth a word
+    lines = told(monkeypatch, capsys, 20, 2, False).splitlines()
+    assert lines[0] == "40 images: 15%, 34 s left"  # after 6 s of 40
+    assert len(lines) == 4  # then every 10 s
+    assert told(monkeypatch, capsys, 1000, 6, False).startswith("40 images: 0%, 100 min left\n")
+
+
+def test_progress_on_a_terminal_is_one_line(monkeypatch, capsys):
+    said = told(monkeypatch, capsys, 10, 2, True)
+    assert "\n" not in said and said.count("\r\033[K40 images: ") == 10
+    assert said.endswith("\r\033[K")  # what follows finds an empty line
+
+
+def test_only_the_first_process_tells(monkeypatch, capsys):
+    monkeypatch.setattr(training, "rank_and_world", lambda: (1, 2))
+    assert told(monkeypatch, capsys, 20, 2, False) == ""
+
+
+@pytest.mark.parametrize("line,what", [
+    ("knn", "40 images"), ("linear --no-augment --epochs 1 --batch-size 16", "2 steps"),
+    ("segment --steps 2 --batch-size 2", "validation images"),
+    ("retrieve --subsample 1", "1/1 of the training images, draw 1"),
+    ("correspond", "40 images"), ("bag --bags 1 --epochs 1 --batch-size 16", "40 images"),
+])
+def test_every_protocol_tells_its_progress(monkeypatch, capsys, line, what):
+    monkeypatch.setattr(shapes.Shapes, "__len__", lambda self: 40)
+    monkeypatch.setattr(features.time, "monotonic", Clock(20))
+    run_command(monkeypatch, f"{line} --checkpoint random --arch tiny_convnet --size 32 "
+                "--workers 0")
+    said = capsys.readouterr()
+    assert what in said.err and " left\n" in said.err
+    assert said.out.splitlines()[0].endswith("random: tiny_convnet for 32 pixels, on shapes, cpu")
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    started = start("-u", "-m", "evaluate", "knn", "--checkpoint", "random", "--arch",
+                    "resnet50", "--size", 224, "--workers", 1)
+    assert "k-NN of random" in started.stdout.readline()
+    started.send_signal(signal.SIGINT)
+    said, _ = started.communicate(timeout=60)
+    assert said.splitlines() == ["interrupted"] and started.returncode == 130
+
+
+# --- representations in a file --------------------------------------------------------------------
+
+def test_features_of_a_folder_in_a_file(tmp_path, classes, monkeypatch, capsys):
+    """With labels and without; on two processes; the rows are those of the names."""
+    save_run(tmp_path, size=16)
+    flat = make_images(tmp_path / "flat", 7, classes=0)
+    (flat / "0003.jpg").write_bytes(b"not an image")
+    backbone = common.build_backbone("tiny_convnet", 16).eval()
+    backbone.load_state_dict(prefixed_with_backbone(tmp_path))
+    for folder, count in ((classes, 27), (classes / "val", 15), (flat, 6)):
+        out = tmp_path / "x.npy"
+        run_command(monkeypatch, f"features --checkpoint {tmp_path} --data {folder} --out {out} "
+                    "--workers 0")
+        assert f"x.npy: {count} rows of 256 numbers" in capsys.readouterr().out
+        rows = np.load(out, allow_pickle=False)
+        names = (tmp_path / "x.txt").read_text().splitlines()
+        assert rows.shape == (count, 256) and rows.dtype == np.float32 and len(names) == count
+        assert not any("0003" in name for name in names)
+        for row, name in list(zip(rows, names))[::4]:
+            view = common.cut(Image.open(name), *features.center_view(Image.open(name), 16)[0])
+            with torch.no_grad():
+                _, expected = backbone(features.to_input(view[None], CPU))
+            np.testing.assert_allclose(row, expected[0], rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "features.jsonl").exists()
+
+
+def prefixed_with_backbone(folder):
+    state = torch.load(folder / "last.pt", weights_only=True)["model"]
+    return {key.removeprefix("backbone."): value for key, value in state.items()}
+
+
+def _features(rank, world, folder, out):
+    args = settings(data=folder, size=16, out=out)
+    export.run(Means(), export.prepare(args), args)
+
+
+def test_features_on_two_processes(tmp_path, classes):
+    args = (str(classes), tmp_path / "two.npy")
+    on_processes(2, _features, *args)
+    _features(0, 1, str(classes), tmp_path / "one.npy")
+    assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
+    assert (tmp_path / "one.txt").read_text() == (tmp_path / "two.txt").read_text()
 
 
 # --- bags of patches ------------------------------------------------------------------------------
@@ -405,7 +534,8 @@ def test_bag_of_a_run(tmp_path, classes, monkeypatch):
     names = ["whole image", "local aggregation", "bag of 1", "bag of 1, after the projector",
              "bag of 4", "bag of 4, after the projector"]
     fresh = [name for name in names if "projector" not in name]  # an untrained network has none
-    assert list(found) == ([f"{tmp_path}: {name}" for name in names]
+    folder = f"{tmp_path.parent.name}/{tmp_path.name}"
+    assert list(found) == ([f"{folder}: {name}" for name in names]
                            + [f"random initialisation: {name}" for name in fresh])
     corners = {1: [(5, 5)], 4: [(0, 0), (0, 10), (10, 0), (10, 10)]}  # of 10 pixels in 20
 
@@ -425,7 +555,7 @@ def test_bag_of_a_run(tmp_path, classes, monkeypatch):
             queries, targets = bags(val, count, layer)
             predicted = knn.vote(*knn.nearest_rows(queries, [bags(train, count, layer)], 20), 3)
             expected = 100 * (predicted == targets).double().mean().item()
-            assert found[f"{tmp_path}: bag of {count}{name}"]["20-NN"] == pytest.approx(expected)
+            assert found[f"{folder}: bag of {count}{name}"]["20-NN"] == pytest.approx(expected)
 
 
 # --- images with masks ----------------------------------------------------------------------------
@@ -490,6 +620,23 @@ class Conv(Oracle):
     def stages(self, x):
         weight = 0.05 * torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(3))
         return [torch.nn.functional.conv2d(x, weight, stride=8)]
+
+
+def test_void_names_of_folders_and_classes_found(bands, monkeypatch, capsys):
+    root = Path(bands)
+    for part in ("train", "val"):
+        (root / part / "masks").rename(root / part / "labels")
+    flags = ("--checkpoint random --arch tiny_convnet --size 32 --workers 0 --steps 2 --lr 0.1 "
+             f"--batch-size 2 --data {bands}")
+    run_command(monkeypatch, f"segment {flags} --masks labels --void 2")
+    said = capsys.readouterr().out
+    assert "8 masks with the classes [0 1 3]" in said and "5 masks with the classes [0 1 3]" in said
+    shown = re.search(r"lr 0.1, IoU of class 0: ([\d.]+), 1: ([\d.]+), 3: ([\d.]+)\n", said)
+    (mean,) = re.findall(r"lr 0.1 +([\d.]+)\n", said)
+    assert np.mean([float(iou) for iou in shown.groups()]) == pytest.approx(float(mean), abs=0.1)
+    for folder in (root, "nowhere"):
+        assert "train/masks" in user_error(command.main, monkeypatch, capsys, *["segment"],
+                                           *flags.replace(bands, str(folder)).split())
 
 
 def test_mean_iou():
@@ -588,7 +735,8 @@ def test_correspond(monkeypatch):
     assert found["flip"] > 2 * found["chance"]
     assert found["location = feature"] > 2 * found["chance"]
     monkeypatch.setattr(correspond, "transformed", lambda x: features.to_input(x.flip(3), CPU))
-    assert correspond.run(Pixels(), data, settings())[""]["flip"] == 100
+    noise = common.Images(np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8))
+    assert correspond.run(Pixels(), noise, settings())[""]["flip"] == 100
     # an image whose color tells the place: the feature's match is that of the location
     y, x = np.mgrid[:256, :256]
     place = common.Images(np.stack(20 * [np.stack([y, x, 0 * x], 2)]).astype(np.uint8))
@@ -784,8 +932,8 @@ def test_layouts_of_masks(tmp_path):
             pixels = Image.fromarray(np.array([[0, 1, 150]], np.uint8))
             pixels.save(tmp_path / kind / split / "ADE_1.png")
     train, val = masks.open_masks(settings(data=str(tmp_path)))
-    assert train.num_classes == val.num_classes == 150
-    assert masks.targets(train.pair(0)[1]).tolist() == [[-1, 0, 149]]
+    assert train.num_classes == val.num_classes == 151
+    assert masks.targets(train.pair(0)[1]).tolist() == [[-1, 1, 150]]
     scenes = masks.open_masks(settings(data="shapes", size=64))[1]
     image, mask = scenes.pair(3)
     assert image.size == mask.size == (96, 96)
@@ -804,6 +952,20 @@ def test_voc(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "open_data", lambda name, split: common.Images(names))
     train, _ = masks.open_masks(settings(data="voc"))
     assert train.num_classes == 21 and np.array(train.pair(0)[1]).tolist() == 6 * [8 * [20]]
+
+
+def test_many_classes(tmp_path, monkeypatch, capsys):
+    """A confusion of 200 classes: ids of 8 bits are not counted with in 8 bits."""
+    for part in ("train", "val"):
+        folder = striped(tmp_path, 2, 0, split=part) / part / "masks"
+        for path in folder.iterdir():
+            ids = np.array(Image.open(path))
+            ids[ids == 3] = 199
+            _save(ids, path)
+    for line in ("retrieve --subsample 1", "segment --steps 1 --batch-size 2 --lr 1"):
+        run_command(monkeypatch, f"{line} --checkpoint random --arch tiny_convnet --size 32 "
+                    f"--data {tmp_path} --workers 0")
+    assert "199: " in capsys.readouterr().out
 
 
 def test_crops_keep_image_and_mask_together(bands):
@@ -832,7 +994,8 @@ def _disguise(path):
 
 @pytest.mark.parametrize("name,spoil,words", [
     ("size", lambda d: _save(np.zeros((9, 7)), d / "train/masks/1.png"),
-     "train/masks/1.png has 7 x 9 pixels"),
+     "train/masks/1.png is no 8-bit image of class ids, of (40, 32) pixels as its "
+     "image: its mode is L, its size (7, 9)"),
     ("ids", lambda d: _save(np.full((32, 40), 9), d / "val/masks/2.png"),
      "val/masks/2.png holds the class id 9"),
     ("missing", lambda d: (d / "val/masks/0.png").unlink(), "val/images/0.png has no mask"),

@@ -533,7 +533,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(flags, tmp_path, monkeypat
     args = (*flags("vicreg"), "--out", tmp_path, "--name", "nan", "--base-lr", 1e36)
     said = helpers.user_error(vicreg.main, monkeypatch, capsys, *args)
     assert "NaN" in said and "--base-lr" in said
-    assert all(f"{term} " in said for term in ("inv", "var", "cov", "lr"))
+    assert all(f"{term}=" in said for term in ("inv", "var", "cov", "lr"))
     kept = checkpoint(tmp_path / "nan")["model"]
     assert all(value.isfinite().all() for value in kept.values())
 
@@ -562,7 +562,7 @@ def test_broken_images_are_replaced_counted_and_limited(flags, tmp_path, monkeyp
     assert run("vicreg", *args, "--name", "one") == 0
     said = capsys.readouterr()
     assert said.err.count("warning: cannot read") == 1 and "0002.jpg" in said.err
-    assert "another is taken" in said.err and "broken 1" in said.out
+    assert "another is taken" in said.err and "broken=1" in said.out
     assert [line["broken"] for line in lines(tmp_path / "one")][-1] == 1
 
     monkeypatch.setattr(common, "MAX_PIXELS", common.MAX_PIXELS)  # which the flag sets

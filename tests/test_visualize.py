@@ -17,6 +17,7 @@ import cribo  # noqa: E402
 import lc_loss  # noqa: E402
 import vicregl  # noqa: E402
 import visualize  # noqa: E402
+from evaluate import features  # noqa: E402
 from visualize import DPI, RIGHT, SIDE, WRONG  # noqa: E402
 
 BOXES = [(20, 30, 150, 120), (0, 10, 110, 170)]  # top, left, height, width, of 200 x 200 pixels
@@ -104,7 +105,7 @@ def centre(box, flip, row, col, grid):
 @pytest.mark.parametrize("command,count,size", [
     ("matches --checkpoint run", 5, (3, 2.2)),
     ("matches --checkpoint run --index 3 --num-matches 20", 5, (3, 2.2)),
-    ("matches --arch tiny_vit --size 32", 5, (3, 2.2)),
+    ("matches --checkpoint random --arch tiny_vit --size 32", 5, (3, 2.2)),
     ("correspond --checkpoint run", 8, (4, 2.2)),
     ("objects --checkpoint run --bank-images 4 --num-objects 2", 6, (4, 2.2)),
     ("heatmap --checkpoint run", 3, (3, 1.3)),
@@ -156,7 +157,7 @@ def test_the_same_seed_gives_the_same_picture(figure, checkpoint):
 
 def test_an_untrained_network_uses_its_running_statistics(figure, monkeypatch):
     monkeypatch.setitem(visualize.COMMANDS, "matches", lambda args, data, backbone: backbone)
-    assert not figure("matches --arch tiny_convnet --size 64").training
+    assert not figure("matches --checkpoint random --arch tiny_convnet --size 64").training
 
 
 # --- geometry -------------------------------------------------------------------------------------
@@ -445,9 +446,13 @@ def test_smoothed_curves(figure, tmp_path):
     ("matches --checkpoint run --index 5000", "shapes has 2000 images"),
     ("matches --checkpoint run --index -1", "--index -1"),
     ("matches --checkpoint run --size 60", "views of 60 pixels: --size must make a multiple of 8"),
-    ("matches --checkpoint run --num-matches 0", "--num-matches 0: it must be 1 or more"),
+    ("matches --checkpoint run --num-matches 0", "--num-matches 0: it must be at least 1"),
     ("matches --checkpoint run --data broken", "mend or remove it"),
-    ("matches", "--arch"),
+    ("matches", "--checkpoint is missing: a run folder"),
+    ("matches --checkpoint random", "--arch"),
+    ("matches --checkpoint random --arch tiny_convnet --size 99999", "--size 99999"),
+    ("heatmap --checkpoint run --scale nan", "--scale nan"),
+    ("heatmap --checkpoint run --query 0.5 1.5", "--query 1.5"),
     ("matches --checkpoint run --seed -1", "--seed -1"),
     ("matches --checkpoint run --seed x", "invalid int value"),
     ("views --data nothing", "no data set 'nothing'"),
@@ -470,6 +475,26 @@ def test_bad_input(tmp_path, checkpoint, monkeypatch, capsys, command, words):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("")
     assert words in user_error(visualize.main, monkeypatch, capsys, *command.split())
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(visualize, "draw", interrupted)
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "views"])
+    with pytest.raises(SystemExit) as stop:
+        visualize.main()
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_progress_is_told(figure, checkpoint, monkeypatch, capsys):
+    ticks = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(features.time, "monotonic", lambda: next(ticks))
+    figure("neighbors --checkpoint run --bank-images 3")
+    said = capsys.readouterr().err
+    assert "features of images: 75%, 60 s left\n" in said
+    assert "features of 16 views: 100%, 0 s left\n" in said
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):

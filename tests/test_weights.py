@@ -1,5 +1,6 @@
 """weights.py: checkpoints of this project and of others."""
 import argparse
+import json
 import os
 import pickle
 import re
@@ -48,6 +49,11 @@ def layouts(arch, state, layer_scale):
     yield "here", {"model": prefixed(state, "backbone.") | projector, "args": {"arch": arch}}
     full = prefixed(prefixed(state, "backbone.") | projector, "module.")
     yield "VICReg, full", {"model": full, "epoch": 9}
+    yield "Lightning", {"state_dict": prefixed(prefixed(state, "backbone.") | projector, "model.")}
+    yield "compiled", prefixed(state, "_orig_mod.")
+    other = {key: torch.zeros_like(value) for key, value in state.items()}
+    yield "MoCo", {"state_dict": prefixed(state, "module.encoder_q.")
+                   | prefixed(other, "module.encoder_k.")}
     if arch == "resnet18":
         yield "torchvision and timm, with their heads", state | prefixed(head, "fc.")
     if arch == "convnext_tiny" and layer_scale:
@@ -58,7 +64,6 @@ def layouts(arch, state, layer_scale):
         yield "VICRegL", theirs(state)
     if arch == "tiny_vit":
         yield "timm", state | prefixed(head, "head.")
-        other = {key: torch.zeros_like(value) for key, value in state.items()}
         yield "DINO, CrIBo", {
             "student": prefixed(other, "module.backbone.") | prefixed(head, "module.head.mlp.0."),
             "teacher": prefixed(state, "backbone.") | prefixed(head, "head.mlp.0."), "epoch": 3,
@@ -83,6 +88,9 @@ def test_layouts_of_checkpoints(tmp_path, monkeypatch, arch, layer_scale):
             torch.save(held, tmp_path / "w.pth")
             loaded = weights.load_backbone(tmp_path / "w.pth", arch)
             assert all(torch.equal(a, b) for a, b in zip(loaded(x), expected)), name
+            guessed = weights.load_backbone(tmp_path / "w.pth", "a_name_of_timm_224")
+            assert guessed.arch == loaded.arch == arch and not guessed.training
+            assert torch.equal(guessed(x)[1], expected[1]), name
 
 
 def test_torchvisions_vit(tmp_path):
@@ -93,6 +101,27 @@ def test_torchvisions_vit(tmp_path):
     x = torch.randn(2, 3, 64, 64)
     loaded = weights.load_backbone(tmp_path / "vit.pth", "tiny_vit")
     torch.testing.assert_close(loaded(x)[1], vit(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_flags_beside_backbone_pt(tmp_path):
+    """They name the architecture, unless they are damaged; other files in the folder have none."""
+    state = common.build_backbone("tiny_convnet").state_dict()
+    flags = {"arch": "tiny_convnet", "size": 48, "data": "photos", "bf16": True}
+    (tmp_path / "backbone.json").write_text(json.dumps(flags))
+    for name, found in (("backbone.pt", flags), ("backbone-10.pt", flags), ("other.pt", None)):
+        torch.save(state, tmp_path / name)
+        assert weights.read_checkpoint(tmp_path / name).get("args") == found
+        assert weights.load_backbone(tmp_path / name).arch == "tiny_convnet"
+    for damage in ("", "{", "[" * 100_000, "3", "\0"):
+        (tmp_path / "backbone.json").write_text(damage)
+        assert weights.load_backbone(tmp_path / "backbone.pt").arch == "tiny_convnet"
+
+
+def test_no_architecture_fits(tmp_path):
+    state = common.build_backbone("resnet18").state_dict()
+    del state["bn1.bias"]
+    assert "fits none of tiny_convnet, resnet18" in refusal(state, None)
+    assert "1 missing (bn1.bias [64]), 0 unexpected" in refusal(state, "resnet18")
 
 
 def refusal(path, arch="resnet18"):
@@ -110,9 +139,26 @@ def test_both_sides_of_a_mismatch_are_named(tmp_path):
     del state["bn1.bias"]
     torch.save(state, tmp_path / "other.pth")
     said = refusal(tmp_path / "other.pth")
-    for words in ("other.pth is not a resnet18", "1 missing (bn1.bias)", "1 unexpected (extra)",
-                  "1 of another shape (conv1.weight [64, 3, 5, 5], not [64, 3, 7, 7])"):
+    for words in ("other.pth is not a resnet18",
+                  "2 missing (bn1.bias [64], conv1.weight [64, 3, 7, 7])",
+                  "2 unexpected (conv1.weight [64, 3, 5, 5], extra [1])"):
         assert words in said
+
+
+class Scalar:
+    """A number of numpy, of 400,000,000 bytes."""
+
+    def __reduce__(self):
+        return np._core.multiarray.scalar, (np.dtype("S400000000"), b"x")
+
+
+@pytest.mark.parametrize("strange", [Scalar(), np.float64(0.1), np.dtype("f4"),
+                                     argparse.Namespace(x=1)])
+def test_nothing_of_foreign_libraries_is_built(tmp_path, strange):
+    torch.save({"a": strange, "w": torch.ones(3)}, tmp_path / "w.pt")
+    found = weights.read_checkpoint(tmp_path / "w.pt")
+    assert isinstance(found["a"], weights.Ignored) and vars(found["a"]) == {}
+    assert torch.equal(found["w"], torch.ones(3))
 
 
 class Malice:
@@ -150,12 +196,14 @@ def strange(kind):
     if kind == "no dict":
         state = {"model": 3}
     if kind == "arch":
-        state = {"model": state, "args": {"arch": ["tiny_vit"]}}
+        state = {"model": {"w": torch.ones(2)}, "args": {"arch": ["tiny_vit"]}}
+    if kind == "flat":
+        state["pos_embed"] = torch.zeros(())
     return state
 
 
 @pytest.mark.parametrize("kind", ["stride 0", "sparse", "meta", "integer keys", "no dict",
-                                  "arch"])
+                                  "arch", "flat"])
 def test_strange_tensors_are_refused_in_one_line(kind):
     arch = None if kind == "arch" else "tiny_vit"
     with pytest.raises(common.UserError) as error:

@@ -234,9 +234,9 @@ def test_batch_norm_in_a_group_is_batch_norm(bf16, group):
     """Values, gradients and running statistics of two steps of a network in DDP."""
     def train():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
-                              nn.Linear(8 * 36, 16), nn.BatchNorm1d(16), nn.ReLU(),
-                              nn.Linear(16, 4))
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                              nn.Flatten(), nn.Linear(8 * 36, 16, bias=False),
+                              nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
         model, ddp = training.distribute(model, DEVICE)
         x = (3 + torch.randn(32, 3, 8, 8)).to(DEVICE)
         for _ in range(2):
@@ -251,7 +251,7 @@ def test_batch_norm_in_a_group_is_batch_norm(bf16, group):
     ours, *kept = train()
     assert isinstance(kept[0][1], training.GlobalBatchNorm)
     for a, b in zip(ours, alone, strict=True):
-        assert distance(a, b) < (0.05 if bf16 else 1e-4)
+        assert distance(a, b) < (0.05 if bf16 else 1e-3)
     del kept
 
 

@@ -253,8 +253,7 @@ def similarity(z):
 def vicreg_of_bag(z, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """The mean of vicreg_loss() over all pairs of patches z (P, n/G, D), in a time linear in P."""
     patches = [moments(z_p) for z_p in z]
-    spread = (z - z.mean(0)).square().sum(0)  # (n/G, D)
-    inv = 2 * spread.mean() / (len(z) - 1)  # (z_a - z_b)^2 over pairs is twice a variance
+    inv = 2 * z.var(0).mean()  # the mean of (z_a - z_b)^2 over pairs is twice a variance
     hinges = [hinge(var_p) for _, var_p, _ in patches]
     var = 2 * torch.stack(hinges).mean()
     cov = 2 * torch.stack([off_diagonal(*patch) for patch in patches]).mean()
@@ -296,11 +295,11 @@ def widths(text):
     return [int(width) for width in text.split("-")]
 
 
-def mlp(*widths):
+def mlp(*widths, norm=nn.BatchNorm1d):
     """The projector: linear layers; batch normalization and ReLU after all but the last."""
     layers = []
     for i, o in zip(widths[:-2], widths[1:-1]):
-        layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
+        layers += [nn.Linear(i, o), norm(o), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False))
 
 

@@ -537,14 +537,12 @@ def _recolour(colours, views):
     jittered, order, change, grayed, blurred, sigma, solarized = map(torch.cat, zip(*draws))
     hue_place = (order == 3).int().argmax(1)
     x = torch.cat(views).float() / 255
-    at_once = len(x) if x.is_cuda else 1 + 2**19 // x[0].numel()  # what a CPU's cache holds
 
     def apply(op, chosen, *factors):
-        for i in chosen.nonzero().flatten().split(at_once):
-            if len(i):
-                factors_i = [f[i].to(x.device, non_blocking=True) for f in factors]
-                i = i.to(x.device, non_blocking=True)
-                x[i] = op(x[i], *factors_i)
+        i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
+        if len(i):
+            factors = [f[chosen].to(x.device, non_blocking=True) for f in factors]
+            x[i] = op(x[i], *factors)
 
     def apply_blend(place, chosen):
         op = order[:, place : place + 1]  # (n, 1): brightness 0, contrast 1, saturation 2

@@ -313,7 +313,8 @@ def mean_cross_entropy(teacher_logits, log_q, center, teacher_temp, rows=None):
     p = F.softmax(logits / teacher_temp, dim=1)  # (T, L)  Eqs. (5), (7), (9)
     entropy = -(p * log_q).sum(1)  # (T,): H(p, q)
 
-    count = torch.stack([first_view.sum(), (~first_view).sum()]).to(p.dtype)  # Z_1, Z_2
+    first = first_view.sum()
+    count = torch.stack([first, len(first_view) - first]).to(p.dtype)  # Z_1, Z_2
     if dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
@@ -497,7 +498,7 @@ RECIPES = {  # chosen by --arch or else by --data, imagenet's for any other; fla
         arch="vit_tiny_patch16", size=160, head="2048-256-4096", epochs=400, batch_size=128,
         momentum=0.99, temp_warmup_epochs=15, bank_images=0),
     "shapes": VIT_SMALL | dict(
-        arch="tiny_convnet", size=64, head="512-128-1024", epochs=7, batch_size=128, base_lr=8e-3,
+        arch="tiny_convnet", size=64, head="512-128-1024", epochs=4, batch_size=64, base_lr=0.016,
         warmup_epochs=1, final_weight_decay=0.04, drop_path=0.0, clip_grad=3.0,
         norm_last_layer=True, momentum=0.99, teacher_temp=0.04, num_objects=8, bank_images=2_000),
 }
@@ -514,7 +515,7 @@ def make_optimizer(student):
 def check_sizes(args, grid, images):
     """Raises UserError where the clusters or the bank are impossible."""
     from common import UserError
-    if args.num_objects > 2 * grid**2:
+    if not 0 < args.num_objects <= 2 * grid**2:
         raise UserError(f"--num-objects {args.num_objects}: two views have {2 * grid**2} locations")
     if args.bank_images >= images:
         raise UserError(f"--bank-images {args.bank_images}: give less than {images}, all images")
@@ -618,8 +619,8 @@ def main():
     except ModuleNotFoundError:
         parser.parse_args()  # so that --help works where this file lies alone
         parser.error("training needs common.py and training.py beside this file")
-    limits = dict(num_objects=(1, 10**6), teacher_temp=(0.001, 1), momentum=(0, 1))
-    launch(train, parser, RECIPES, drop_path=(0, 0.9), **limits)
+    limits = dict(teacher_temp=(0.001, 1), momentum=(0, 1), drop_path=(0, 0.9))
+    launch(train, parser, RECIPES, **limits)
 
 
 if __name__ == "__main__":

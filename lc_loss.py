@@ -21,7 +21,7 @@ the whole image; the other, I_sc, is a crop of it, flipped or not. So the true p
 Differences
  1. No code was released, and the paper does not give the temperature: `--temperature`, 0.1.
  2. BYOL's loss is Eq. (1) in both directions, added, on I_c and I_sc too: no third view is needed.
-    So `--alpha 0` is BYOL, but with one view that is never cropped.
+    So `--alpha 0` is BYOL, but with one view never cropped: not that of VICReg's Table 3.
  3. Of BYOL's two colour augmentations, I_c has the one with solarization, I_sc the other.
  4. A point in the outer half of a border cell takes the value of that border's cells.
  5. Eq. (4) is averaged over an image's points, then over the images that have any.
@@ -180,11 +180,11 @@ def widths(text):
     return [int(width) for width in text.split("-")]
 
 
-def mlp(*widths):
+def mlp(*widths, norm=nn.BatchNorm1d):
     """BYOL's projector and predictor; for each location of a map, the paper's 1x1 convolutions."""
     layers = []
     for i, o in zip(widths[:-2], widths[1:-1]):
-        layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
+        layers += [nn.Linear(i, o), norm(o), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False))
 
 

@@ -215,7 +215,8 @@ def choose_recipe(args, recipes):
     for name in (args.recipe, args.arch, family, Path(args.data).name):
         if name in recipes:
             return name
-    if args.data in common.DOWNLOADS or len(open_data(args.data)) < FEW_IMAGES:
+    if "small" in recipes and (args.data in common.DOWNLOADS
+                               or len(open_data(args.data)) < FEW_IMAGES):
         return "small"
     return "imagenet"
 
@@ -643,12 +644,13 @@ class Run:
         for protocol in protocols if self.rank == 0 else ():
             command = ["-m", "evaluate", *protocol.split(), "--checkpoint", str(self.folder)]
             command.append("--baseline")
-            if (here / "evaluate").is_dir() and self.data.classes:
+            if (here / "evaluate").is_dir() and (self.data.classes or protocol == "correspond"):
                 subprocess.run([sys.executable, *command], env=env, check=False)
             else:
                 why = "needs the folder evaluate/" if self.data.classes else "needs labels"
                 say(f"{protocol} {why}: python {' '.join(command)}")
         if self.rank == 0:
+            protocol = "linear" if self.data.classes else "features --out x.npy"
             say(f"{self.folder} holds backbone.pt (weights), last.pt (to go on), log.jsonl. Next:\n"
-                f"  python -m evaluate linear --checkpoint {self.folder}\n"
+                f"  python -m evaluate {protocol} --checkpoint {self.folder}\n"
                 f"  python visualize.py curves {self.folder}")

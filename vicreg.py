@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 r"""VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning.
 
-Adrien Bardes, Jean Ponce, Yann LeCun. arXiv:2105.04906v1 (ICLR 2022 differs: Difference 6)
+Adrien Bardes, Jean Ponce, Yann LeCun. arXiv:2105.04906v1 (ICLR 2022: other sections, --views iclr)
 
 Two views of an image should have the same embedding (invariance). Over a batch, each dimension
 should keep a standard deviation of one (variance) and no two should say the same (covariance). The
@@ -13,8 +13,6 @@ variance term alone prevents collapse: no negatives, momentum encoder, stop-grad
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d \
         --rdzv_endpoint=HOST:29500 vicreg.py --data imagenet # on each of 4 nodes, HOST one of them
 
-The ablations' 100 epochs have --base-lr 0.8, 0.5, 0.4 for batches of 128, 256, 512, else 0.3 (B.5).
-
     Eqs. (1), (2)  variance      Eq. (5)   invariance       Algorithm 1   vicreg_loss
     Eqs. (3), (4)  covariance    Eq. (6)   vicreg_loss      Appendix B.1  VICReg, RECIPES
     Eq. (7)        train         Eq. (10)  correlation      Appendix B.2  VIEWS
@@ -23,15 +21,12 @@ Differences
  1. Eq. (5) sums over dimensions, Algorithm 1 and the released code average: averaged here.
  2. The released code halves the variance term: `--var-coeff 12.5` gives its loss. Its views are
     `--views released`, its final learning rate is 0.001 of the peak (`--final-lr 0.0016`).
- 3. Where the batch is smaller than the embedding, Eq. (4) is computed from the Gram matrix: the
-    same number. The loss is in float32, whatever autocast says.
+ 3. Where n < D, Eq. (4) comes from the Gram matrix: the same number. The loss is in float32.
  4. From the released code: no bias in the projector's last layer; residual branches start at zero;
-    LARS (eta 0.001) neither decays nor scales biases and normalization; variance and covariance are
-    over the batch of all processes; blur of 0.1 to 2 pixels at 224. Ours: in proportion at another
-    `--size`; no incomplete batches; a linear classifier, which alone sees labels, reports accuracy.
+    LARS (eta 0.001) on weights alone; variance and covariance over all processes; blur of 0.1 to 2
+    pixels at 224. Ours: in proportion elsewhere; whole batches; a linear probe alone sees labels.
  5. cifar10, cifar100 and imagenet100 follow "Bag of Image Patch Embedding" (Appendix C.1, C.2): its
     learning rates are read as base rates. Those of shapes and small are this project's own.
- 6. The ICLR version crops from 8% of the area (`--views iclr`) and numbers its sections otherwise.
 """
 import argparse
 import functools
@@ -55,9 +50,8 @@ VIEWS = {  # the crop's share of the image's area; colours of the first and the 
 
 
 def sample_views(image, area, size):
-    """Two views of a PIL image, [(box, flip, size), ...], drawn with torch's global generator.
-    box: (top, left, height, width) in pixels, its share of the image in the range `area`; flip:
-    mirrored left to right; size: the view's side in pixels."""
+    """Two views of a PIL image, [(box, flip, size), ...], drawn with torch's global generator. box:
+    (top, left, height, width) in pixels, its share of the image in `area`; flip: mirrored."""
     boxes = [RandomResizedCrop.get_params(image, area, ratio=(3 / 4, 4 / 3)) for _ in range(2)]
     return [(box, torch.rand(()).item() < 0.5, size) for box in boxes]
 
@@ -97,9 +91,7 @@ def twice_the_gradient(x):
 
 def moments(z):
     """z (n/G, D) minus its mean over all n rows of the global batch, variances (D,), n. Eq. (2).
-
-    Raises RuntimeError on every process where they hold unequal numbers of rows.
-    """
+    Raises RuntimeError on every process where they hold unequal numbers of rows."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     count = z.new_zeros(world)
     count[rank] = len(z)
@@ -120,10 +112,8 @@ def hinge(var, gamma=1.0, eps=1e-4):
 
 
 def off_diagonal(z, var, n):
-    """Sum of squared off-diagonal covariances, / D, from moments(z). Eqs. (3), (4).
-
-    With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F: the smaller one serves.
-    """
+    """Sum of squared off-diagonal covariances, / D, from moments(z). Eqs. (3), (4). With
+    C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F: the smaller one serves."""
     d = z.shape[1]
     with torch.autocast(z.device.type, enabled=False):
         if n >= d:
@@ -184,24 +174,31 @@ def widths(text):
     return [int(width) for width in text.split("-")]
 
 
-def mlp(*widths):
-    """The projector: linear layers; batch normalization and ReLU after all but the last."""
+def mlp(*widths, norm=nn.BatchNorm1d):
+    """The projector: linear layers; normalization and ReLU after all but the last."""
     layers = []
     for i, o in zip(widths[:-2], widths[1:-1]):
-        layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
+        layers += [nn.Linear(i, o), norm(o), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False))
 
 
 class VICReg(nn.Module):
-    """Backbone, projector and linear classifier. Appendix B.1.
+    """Backbone, projector and linear classifier. Appendix B.1; normalization: Table 4b.
 
     backbone: images (B, 3, H0, W0) -> maps (B, N, D), representations (B, D), with D = .dim
     """
 
-    def __init__(self, backbone, widths=(8192, 8192, 8192), num_classes=0):
+    def __init__(self, backbone, widths=(8192, 8192, 8192), num_classes=0, normalization=()):
         super().__init__()
         self.backbone = backbone
-        self.projector = mlp(backbone.dim, *widths)
+        norm = nn.Identity if "no-bn" in normalization else nn.BatchNorm1d
+        self.projector = mlp(backbone.dim, *widths, norm=norm)
+        if "standardize" in normalization:
+            last = nn.BatchNorm1d(widths[-1]).requires_grad_(False)
+            self.projector.append(last)
+        if "l2" in normalization:  # to a length of sqrt(D), not of 1: so gamma stays 1
+            last = nn.RMSNorm(widths[-1], elementwise_affine=False)
+            self.projector.append(last)
         self.probe = nn.Linear(backbone.dim, num_classes) if num_classes else None
 
     def forward(self, x_a, x_b):
@@ -238,14 +235,15 @@ def train(args):
     device = training.set_up(args.seed)
     data = common.open_data(args.data, "train", args.size)
     backbone = training.build_backbone(args)
-    model = VICReg(backbone, args.projector, len(data.classes))
+    model = VICReg(backbone, args.projector, len(data.classes), args.normalization)
     model, ddp = training.distribute(model, device)
     optimizer = training.LARS(model.parameters(), weight_decay=args.weight_decay)
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
     area, colours = VIEWS[args.views]
     colours = [common.Photometric(**colour, size=args.size) for colour in colours]
-    for batch in run.batches(functools.partial(sample_views, area=area, size=args.size)):
+    sample = functools.partial(sample_views, area=area, size=args.size)
+    for batch in run.batches(sample):
         x_a, x_b = common.recolour(colours, batch.views)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -274,6 +272,8 @@ def main():
     flag("--inv-coeff", type=float, default=25.0, help="lambda, weight of the invariance term")
     flag("--var-coeff", type=float, default=25.0, help="mu, weight of the variance term")
     flag("--cov-coeff", type=float, default=1.0, help="nu, weight of the covariance term")
+    flag("--normalization", nargs="+", default=[], choices=["standardize", "l2", "no-bn"],
+         help="of the embeddings, and none in the projector: Table 4b")
     try:
         from training import launch
     except ModuleNotFoundError:

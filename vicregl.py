@@ -340,9 +340,8 @@ def mean_global_criterion(z, inv_coeff, var_coeff, cov_coeff):
     inv = invariance(i, z[:, None].expand_as(i)) * views / (views - 1)  # 0 where j = i
 
     def mean_over_pairs(terms):
-        """Of terms (V,), of each view once: a large view is in V of the 2 (V - 1) pairs."""
-        total = views * terms[:2].sum() + 2 * terms[2:].sum()
-        return total / (2 * (views - 1))
+        """Of terms (V,), one a view: a large view is in V of the 2 (V - 1) pairs, a small in 2."""
+        return (views * terms[:2].sum() + 2 * terms[2:].sum()) / (2 * (views - 1))
 
     var, cov = map(mean_over_pairs, variance_and_covariance(z))
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov

@@ -12,8 +12,6 @@ from common import ARCHITECTURES, CONVNEXTS, VITS, UserError, build_backbone
 HEADS = ("fc.", "head.", "heads.", "classifier.2.", "projector.", "maps_projector.",
          "projection_head.", "prototypes.")
 PREFIXES = ("_orig_mod.", "module.", "model.", "encoder_q.", "backbone.")  # in this order
-
-
 IGNORED = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
            "numpy._core.multiarray.scalar")
 
@@ -117,7 +115,7 @@ def fresh(state, arch, drop_path=0.0):
 
 
 def load_backbone(checkpoint, arch=None, drop_path=0.0):
-    """A trained backbone in eval mode; .arch: by default what its run says, or its parameters' names
+    """A trained backbone in eval mode; .arch: by default as its run says, or its parameters' names
     and shapes tell. checkpoint: a run folder or a file (also of torchvision, timm, VICReg, VICRegL,
     DINO, CrIBo, MoCo), or its content. Raises UserError, naming keys, where it does not fit."""
     state = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)

@@ -24,11 +24,11 @@ import torch
 
 import common
 import training
-from evaluate import bag, correspond, export, fewshot, knn, linear, retrieve, segment
+from evaluate import bag, correspond, detect, export, fewshot, knn, linear, retrieve, segment
 from evaluate.features import add_flags, load, say, untrained
 
 PROTOCOLS = dict(features=export, knn=knn, linear=linear, fewshot=fewshot, segment=segment,
-                 retrieve=retrieve, correspond=correspond, bag=bag)
+                 retrieve=retrieve, correspond=correspond, bag=bag, detect=detect)
 LOWEST = dict(workers=0, lr=0, patch_scale=0.001, void=0, labels=0)  # of all other numbers: 1
 HIGHEST = dict(workers=1024, size=4096, patch_scale=1, void=255)
 

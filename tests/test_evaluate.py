@@ -511,7 +511,8 @@ def test_patches_have_a_share_of_the_whole_image():
     y, x = np.mgrid[:375, :500]
     pixels = np.stack([y // 2, x // 2, 0 * x], 2).astype(np.uint8)
     data = common.Images(np.stack(20 * [pixels]), np.arange(20) % 2, ["a", "b"])
-    args = settings(checkpoint="random", bags=[1], patch_scale=0.2, size=16, lr=[1], epochs=1)
+    args = settings(checkpoint="random", bags=[1], patch_scale=[0.2], size=16, lr=[1],
+                    epochs=1, linear=True)
     bag.run(Spy(), (data, data), args)
     for x, (height, width) in ((seen[0], (375, 375)), (seen[-1], (194, 194))):
         x = 255 * x * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -530,9 +531,9 @@ def test_bag_of_a_run(tmp_path, classes, monkeypatch):
                 "--baseline --epochs 2 --lr 1")
     result, = results(tmp_path, "bag")
     found = result["rows"]
-    assert result["settings"]["patch_scale"] == 0.25
-    names = ["whole image", "local aggregation", "bag of 1", "bag of 1, after the projector",
-             "bag of 4", "bag of 4, after the projector"]
+    assert result["settings"]["patch_scale"] == [0.25]
+    names = ["whole image", "whole image, after the projector", "local aggregation", "bag of 1",
+             "bag of 1, after the projector", "bag of 4", "bag of 4, after the projector"]
     fresh = [name for name in names if "projector" not in name]  # an untrained network has none
     folder = f"{tmp_path.parent.name}/{tmp_path.name}"
     assert list(found) == ([f"{folder}: {name}" for name in names]
@@ -555,7 +556,42 @@ def test_bag_of_a_run(tmp_path, classes, monkeypatch):
             queries, targets = bags(val, count, layer)
             predicted = knn.vote(*knn.nearest_rows(queries, [bags(train, count, layer)], 20), 3)
             expected = 100 * (predicted == targets).double().mean().item()
-            assert found[f"{folder}: bag of {count}{name}"]["20-NN"] == pytest.approx(expected)
+            row = found[f"{folder}: bag of {count}{name}"]
+            assert row["20-NN"] == pytest.approx(expected)
+            images = [common.cut(val.load(i), (0, 0, 20, 20), False, 16) for i in range(len(val))]
+            _, y = model.backbone(features.to_input(torch.stack(images), CPU))
+            whole = layer(y).detach()
+            cosine = torch.nn.functional.cosine_similarity(queries, whole).mean().item()
+            assert row["cosine"] == pytest.approx(100 * cosine, abs=1e-3)
+            assert found[f"{folder}: whole image{name}"]["cosine"] is None
+
+
+def test_bags_of_several_scales_and_without_holding_features(classes, monkeypatch):
+    """--no-linear streams the training images' features, to the same 20-NN."""
+    data = open_parts(str(classes))
+    how = dict(checkpoint="random", bags=[1, 4], size=16, lr=[1], epochs=1)
+    held = bag.run(Conv(), data, settings(**how, patch_scale=[0.25], linear=True))
+    kept = []
+    original = bag.all_features
+
+    def spy(backbone, part, args, **how):
+        kept.append(part)
+        return original(backbone, part, args, **how)
+
+    monkeypatch.setattr(bag, "all_features", spy)
+    args = settings(**how, patch_scale=[0.25, 1.0], linear=False)
+    streamed = bag.run(Conv(), data, args)
+    assert kept and all(part is data[1] for part in kept)
+    for name, row in streamed.items():
+        same = held.get(name.removeprefix("scale 0.25, "))
+        assert row["linear"] is None
+        if same:
+            assert row["20-NN"] == same["20-NN"] and row["cosine"] == same["cosine"]
+    names = [f"scale {scale}, bag of {count}" for scale in ("0.25", "1") for count in (1, 4)]
+    assert list(streamed) == ["whole image", "local aggregation", *names]
+    for count in (1, 4):  # patches that are the whole image, all four of them
+        assert streamed[f"scale 1, bag of {count}"]["cosine"] == pytest.approx(100, abs=1e-4)
+    assert streamed["scale 0.25, bag of 1"]["cosine"] < 99.99
 
 
 # --- images with masks ----------------------------------------------------------------------------
@@ -849,8 +885,8 @@ def _protocols(rank, world, classes, bands):
         "segment": segmentation.run(Conv(), pairs, settings()),
         "retrieve": retrieve.run(Conv(), pairs, settings(), k=3),
         "correspond": correspond.run(Conv(), pairs[1].images, settings(), batch_size=2),
-        "bag": bag.run(Conv(), data, settings(checkpoint="random", bags=[1, 4], patch_scale=0.25,
-                                              size=16, lr=[10])),
+        "bag": bag.run(Conv(), data, settings(checkpoint="random", bags=[1, 4], patch_scale=[0.25],
+                                              size=16, lr=[10], linear=True)),
         "fewshot": fewshot.run(Means(), data[0], small, ways=3, shots=2, queries=3, episodes=120),
         "concatenated": concatenated(rank, world),
     }

@@ -22,11 +22,12 @@ LINES = {
     "common.py": 450, "training.py": 380, "shapes.py": 80, "weights.py": 110, "visualize.py": 450,
 }
 # What the design's budgets above are exceeded by, and may not be by more: to be paid back.
-OVER = {"common.py": 525, "training.py": 575, "weights.py": 143}
+OVER = {"common.py": 525, "training.py": 575, "weights.py": 141}
 EVALUATE_OVER = 1_480
 PROTOCOL_LINES = 130  # of a file in evaluate/
 LONGER_PROTOCOLS = {"evaluate/features.py": 200, "evaluate/detect.py": 200,
-                    "evaluate/detection.py": 200}
+                    "evaluate/detection.py": 200, "evaluate/objects.py": 200}
+DETECTION = ("evaluate/detect.py", "evaluate/detection.py", "evaluate/objects.py")
 EVALUATE_LINES = 1_200  # of all but detection
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENCODING, tokenize.ENDMARKER}
@@ -81,7 +82,7 @@ def test_lines(name):
 
 
 def test_lines_of_all_of_evaluate():
-    names = [name for name in PRODUCT if name.startswith("evaluate/") and "detect" not in name]
+    names = [name for name in PRODUCT if name.startswith("evaluate/") and name not in DETECTION]
     counts = {name: count_lines(name) for name in names}
     assert sum(counts.values()) <= max(TOLERANCE * EVALUATE_LINES, EVALUATE_OVER), counts
 
@@ -175,7 +176,6 @@ def test_nothing_is_executed_and_no_pickle_is_trusted(name):
 OWN = {"sample_views", "train", "main", "make_optimizer"}  # each method has its own
 DIFFERENT = {  # VICRegL's work on several views or matches at once
     ("hinge", "vicregl"), ("off_diagonal", "vicregl"), ("vicreg_loss", "vicregl"),
-    ("mlp", "vicregl"),
 }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import checkpoint, lines, run
 from PIL import Image
 from torch import nn
 
@@ -205,6 +206,40 @@ def test_projector():
     projector = vicreg.mlp(5, 8, 9, 7)
     assert projector[-1].bias is None and projector[0].bias is not None
     assert vicreg.widths("8192-4096-128") == [8192, 4096, 128]
+
+
+@pytest.mark.parametrize("inner", [(), ("no-bn",)])
+def test_normalized_embeddings_of_table_4b(inner):
+    torch.manual_seed(0)
+    backbone = common.build_backbone("tiny_convnet", 32)
+    x = torch.randn(2, 7, 3, 32, 32)
+
+    def embeddings(*outer):
+        model = vicreg.VICReg(backbone, (8, 6), normalization=(*inner, *outer))
+        layers = [type(layer) for layer in model.projector]
+        assert layers[1] == (nn.Identity if inner else nn.BatchNorm1d)
+        assert len(layers) == 4 + len(outer)
+        assert not any(p.requires_grad for p in model.projector[4:].parameters())
+        model.projector[3].weight.data *= 100  # so that BatchNorm's epsilon is small beside them
+        return model(*x)[0].detach()
+
+    z = embeddings()
+    assert len(z.std(0).unique()) > 1 and len(z.norm(dim=1).unique()) > 1
+    z = embeddings("standardize")  # the covariances are correlations
+    torch.testing.assert_close(z.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.var(0, correction=0), torch.ones(6), atol=1e-4, rtol=0)
+    z = embeddings("l2")
+    torch.testing.assert_close(z.norm(dim=1), torch.full([7], 6**0.5), atol=1e-3, rtol=0)
+
+
+def test_flags_of_table_4b(flags, tmp_path):
+    how = ("--epochs", 1, "--normalization", "standardize", "no-bn", "--out", tmp_path)
+    assert run("vicreg", *flags("vicreg"), *how, "--name", "a") == 0
+    model = checkpoint(tmp_path / "a")["model"]
+    norms = {name.rsplit(".", 1)[0] for name in model if name.endswith("running_var")}
+    assert "projector.4" in norms and "projector.1" not in norms
+    assert (model["projector.4.weight"] == 1).all() and not model["projector.4.bias"].any()
+    assert lines(tmp_path / "a")[-1]["loss"] > 0
 
 
 def test_model_pairs_views_and_embeddings():

@@ -36,13 +36,13 @@ TRAINING = {  # name: what the table calls it, its command
     "cribo-image": ("images alone: DINO", "cribo.py --no-object --no-cross-image"),
     "bagssl": ("BagSSL", "bagssl.py"),
 }
-COLUMNS = {  # title: of which protocol, row (the run's own is the first), column
+COLUMNS = {  # title: of which protocol, row (the run's own are the first), column
     "untrained": ("knn", UNTRAINED, "20-NN"),
-    "k-NN": ("knn", 0, "20-NN"),
+    "k-NN": ("knn", "", "20-NN"),
     "found, untrained": ("correspond", UNTRAINED, "flip"),
-    "found": ("correspond", 0, "flip"),
+    "found": ("correspond", "", "flip"),
     "retrieved, untrained": ("retrieve", UNTRAINED, "pixel mIoU"),
-    "retrieved": ("retrieve", 0, "pixel mIoU"),
+    "retrieved": ("retrieve", "", "pixel mIoU"),
     "centre patch": ("bag", "bag of 1", "20-NN"),
     "bag of 16": ("bag", "bag of 16", "20-NN"),
 }
@@ -108,8 +108,8 @@ def numbers(places, file, row, column):
     for path in (place / f"{file}.jsonl" for place in places):
         if path.exists():
             rows = json.loads(path.read_text().splitlines()[-1])["rows"]
-            found = [key for key in rows if str(row) in key] or list(rows)
-            values.append(rows[found[0]][column])
+            first = next(key for key in rows if row in key)  # NETWORK or NETWORK: ROW
+            values.append(rows[first][column])
     return values
 
 

@@ -130,6 +130,7 @@ class GlobalBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes, which must be of one size. As torch's
     SyncBatchNorm, but also on the CPU, and without its host syncs."""
 
+    @torch.compiler.disable  # --compile leaves the collectives out
     def forward(self, x):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
@@ -240,6 +241,7 @@ def parse_args(parser, recipes, limits):
     flag("--warmup-epochs", type=int, help="epochs in which the learning rate rises to its peak")
     flag("--seed", type=int, default=0, help="of all that is random")
     flag("--bf16", action=argparse.BooleanOptionalAction, help="by default where it is fast")
+    flag("--compile", action="store_true", help="the backbones, by torch.compile")
     flag("--workers", type=int, default=min(12, cores), help="data loading processes")
     flag("--out", default="runs", help="folder of all runs")
     flag("--name", help="this run's folder in --out")
@@ -408,6 +410,10 @@ class Run:
         if self.rank == 0:
             self.claim()
         self.resume()
+        if args.compile:
+            for name, module in model.named_modules():
+                if name.endswith("backbone"):
+                    module.compile()  # the parameters keep their names
         if self.rank == 0:
             self.start_log()
         for number in SIGNALS:

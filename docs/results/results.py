@@ -57,6 +57,7 @@ def protocols(name):
     """What a run of this method ends with."""
     text = (ROOT / TRAINING[name][1].split()[0]).read_text()
     (finish,) = [line for line in text.splitlines() if "run.finish(" in line]
+    finish = finish.split("figure=")[0]
     return [words.split()[0] for words in finish.split('"')[1::2]]
 
 

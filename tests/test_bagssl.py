@@ -467,5 +467,6 @@ def test_colours_alternate(run_here, monkeypatch):
     monkeypatch.setattr(common, "Photometric", Recorder)
     with pytest.raises(SystemExit):
         run_here("--patches", 3)
-    assert made == [bagssl.COLOURS[0], bagssl.COLOURS[1], bagssl.COLOURS[0]]
+    expected = [bagssl.COLOURS[0], bagssl.COLOURS[1], bagssl.COLOURS[0]]
+    assert made == [colour | {"size": 32} for colour in expected]
     assert [colour["blur_p"] for colour in bagssl.COLOURS] == [1.0, 0.1]

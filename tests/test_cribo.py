@@ -781,8 +781,9 @@ def test_a_run_step_by_step(run, images, monkeypatch, kind):
     assert torch.equal(seen[0][1], cribo.joint_positions(boxes, flips, 4))
     assert flips.any() and not flips.all()
     torch.manual_seed(common.seed_of(0, 0, 0, 1))
-    coloured = [common.Photometric(**colour)(torch.stack([s.views[i] for s in samples]))
-                for i, colour in enumerate(cribo.COLOURS)]
+    colours = [common.Photometric(**colour, size=32) for colour in cribo.COLOURS]
+    coloured = common.recolour(colours, [torch.stack([s.views[i] for s in samples])
+                                         for i in range(2)])
     assert torch.equal(seen[0][0], torch.cat(coloured))
     for (before, means), (after, _) in zip(losses, losses[1:]):
         torch.testing.assert_close(after, 0.9 * before + 0.1 * means, rtol=1e-4, atol=1e-6)

@@ -334,7 +334,7 @@ def codes(answers):
 
 ABLATIONS = [
     ("vicreg", "--projector 32-4 --views released"),  # more rows than dimensions
-    ("vicregl", "--views multicrop --num-matches 4 2 --size 32"),
+    ("vicregl", "--views multicrop --num-matches 4 2 --size 56"),
     ("vicregl", "--alpha 0"),
     ("vicregl", "--alpha 1"),
     ("lc_loss", "--alpha 0"),

@@ -195,8 +195,9 @@ def object_representations(z_1, z_2, assignment, count=None):
         c_1 = q_1.mT @ z_1.to(q_1.dtype)  # (B, K, N) (B, N, D) -> (B, K, D)
         c_2 = q_2.mT @ z_2.to(q_2.dtype)
     valid = in_both_views(assignment)
-    kept = valid.flatten().argsort(descending=True, stable=True)  # image by image
-    kept = kept[: valid.sum() if count is None else count]  # (M,)
+    if count is None:
+        count = valid.sum()
+    kept = valid.flatten().argsort(descending=True, stable=True)[:count]  # (M,), image by image
     return c_1.flatten(0, 1)[kept], c_2.flatten(0, 1)[kept], valid
 
 

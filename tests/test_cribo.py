@@ -794,13 +794,15 @@ def test_a_run_step_by_step(run, images, monkeypatch, kind):
         assert line["loss"] == pytest.approx(line["image"] + line["object"] + line["cross_image"])
         if i < 5:
             assert line["cross_image"] == line["bootstrap"] == 0
-        if i > 6:
-            assert 0 < line["bootstrap"] <= 1 and line["cross_image"] > 0
+        if i > 6:  # of so few objects it may happen that none is trusted
+            assert 0 <= line["bootstrap"] <= 1
+            assert (line["cross_image"] > 0) == (line["bootstrap"] > 0)
         assert 1 < line["objects"] <= 4 and line["std"] > 0
         assert line["temperature"] == pytest.approx(0.04 + 0.03 * min(1, i / 10))
         assert line["decay"] == pytest.approx(0.4 - 0.18 * (1 + np.cos(np.pi * i / 15)))
         assert line["momentum"] == pytest.approx(1 - 0.05 * (1 + np.cos(np.pi * i / 15)))
     assert log[5]["lr"] == pytest.approx(0.1 * 8 / 256)
+    assert sum(line["bootstrap"] > 0 for line in log[7:]) >= 6  # of 8
 
     state = torch.load(folder / "last.pt", weights_only=True)
     decays = [group["weight_decay"] for group in state["optimizer"]["param_groups"]]

@@ -32,7 +32,11 @@ print('--data', images, *helpers.SMALL, *helpers.EXTRA[sys.argv[1]])" "$1" "$OUT
 part() {
     local name=$1 limit=$2 begin=$SECONDS code=0
     shift 2
-    if [ $((590 - SECONDS)) -lt "$limit" ]; then limit=$((590 - SECONDS)); fi
+    if [ "$GPU" = 0 ]; then
+        limit=$((5 * limit))  # a rehearsal may take its time
+    elif [ $((590 - SECONDS)) -lt "$limit" ]; then
+        limit=$((590 - SECONDS))
+    fi
     if [ "$limit" -lt 1 ]; then echo "| $name | left out | 0 | |" | tee -a "$OUT/table.md"; return; fi
     timeout "$limit" "$@" > "$OUT/$name.txt" 2>&1 || code=$?
     local last
@@ -67,8 +71,8 @@ fi
 # A run that is killed goes on where its last checkpoint was.
 if asked resume; then
     again=($PY vicreg.py $(flags vicreg) --out "$OUT/runs" --name killed --save-minutes 0
-           --epochs $((GPU ? 2 : 40)) --log-every 5 --workers $WORKERS)
-    part killed 60 timeout -s KILL 20 "${again[@]}"
+           --epochs $((GPU ? 2 : 60)) --log-every 5 --workers $WORKERS)
+    part killed 60 timeout -s KILL $((GPU ? 20 : 100)) "${again[@]}"
     part resumed 60 "${again[@]}"
     grep -h "resumed at step\|new run" "$OUT/killed.txt" "$OUT/resumed.txt"
 fi

@@ -392,7 +392,7 @@ def test_local_mse_does_not_collapse():
     online, target = trained_with_mse(predictor=True)
     assert online > 0.6 and target > 0.6
     online, target = trained_with_mse(predictor=False)
-    assert online < 0.3 and target < 0.5  # the target follows
+    assert online < 0.4 and target < 0.5  # of object and ground; the target follows
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -71,7 +71,7 @@ fi
 # A run that is killed goes on where its last checkpoint was.
 if asked resume; then
     again=($PY vicreg.py $(flags vicreg) --out "$OUT/runs" --name killed --save-minutes 0
-           --epochs $((GPU ? 2 : 60)) --log-every 5 --workers $WORKERS)
+           --epochs $((GPU ? 2 : 30)) --log-every 5 --workers $WORKERS)
     part killed 60 timeout -s KILL $((GPU ? 20 : 100)) "${again[@]}"
     part resumed 60 "${again[@]}"
     grep -h "resumed at step\|new run" "$OUT/killed.txt" "$OUT/resumed.txt"

@@ -337,6 +337,8 @@ def script(*args, torchrun=0, **options):
 
 
 def start(*args, torchrun=0):
-    """The same, started in the background in its own process group -> Popen."""
+    """The same, started in the background in its own process group -> Popen. It hears Ctrl-C, also
+    where the tests run in the background of a shell, which makes what it starts deaf to it."""
     return subprocess.Popen(**launcher(*args, torchrun=torchrun), start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

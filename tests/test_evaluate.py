@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import make_images, on_processes, script, start, user_error
+from helpers import kill_tree, make_images, on_processes, script, start, user_error
 from PIL import Image
 
 import bagssl
@@ -437,7 +437,10 @@ def test_ctrl_c_is_one_line(tmp_path):
                     "resnet50", "--size", 224, "--workers", 1)
     assert "k-NN of random" in started.stdout.readline()
     started.send_signal(signal.SIGINT)
-    said, _ = started.communicate(timeout=60)
+    try:
+        said, _ = started.communicate(timeout=60)
+    finally:
+        kill_tree(started.pid)
     assert said.splitlines() == ["interrupted"] and started.returncode == 130
 
 

@@ -550,7 +550,8 @@ def _recolour(colours, views):
         rest = 1 - factor
         apply(blend, chosen, torch.cat([factor, rest * (op == 1), rest * (op == 2)], 1))
 
-    for place in range(3):  # what precedes hue, hue, which takes the most launches, and the rest
+    # Each image has its own order: its blends before hue, then hue of all at once, then the rest.
+    for place in range(3):
         apply_blend(place, jittered & (place < hue_place))
     apply(adjust_hue, jittered, change[:, 3].view(-1, 1, 1, 1))
     for place in range(1, 4):

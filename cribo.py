@@ -530,7 +530,8 @@ def train(args):
     data = common.open_data(args.data, "train", args.size)
     backbone = training.build_backbone(args)
     grid = common.grid_of(args.size, backbone.stride)
-    args.bank_images = args.bank_images or min(25_000, len(data) // 2)
+    if not args.bank_images:
+        args.bank_images = min(25_000, len(data) // 2)
     check_sizes(args, grid, len(data))
     student = Student(backbone, args.head, len(data.classes), args.norm_last_layer)
     student, ddp = training.distribute(student, device)  # not all: DDP would send the bank as well

@@ -271,11 +271,11 @@ def parse_args(parser, recipes, limits):
 
 def build_backbone(args):
     """The backbone of --arch for --size, with the weights of --init if given. Raises UserError."""
-    options = {name: value for name, value in vars(args).items() if name == "drop_path"}
+    drop_path = vars(args).get("drop_path", 0.0)  # a flag of some methods
     if args.init is None:
-        return common.build_backbone(args.arch, args.size, **options)
+        return common.build_backbone(args.arch, args.size, drop_path)
     from weights import load_backbone
-    return load_backbone(args.init, args.arch, **options).train()
+    return load_backbone(args.init, args.arch, drop_path).train()
 
 
 def printable(text):
@@ -586,7 +586,7 @@ class Run:
         done = 20 * self.step // self.total
         say(f"[{done * '#':20}] step {self.step} of {self.total}, "
             f"{rate * self.args.batch_size:.4g} images/s, {left:.1f} min left",
-            end="" if terminal else "\n")
+            end="" if terminal and self.step < self.total else "\n")
 
     def end_step(self):
         """Counts the step. Saves where it is time to, and on a signal, which then ends the run."""
@@ -613,7 +613,10 @@ class Run:
         """backbone-EPOCH.pt, every --keep-every epochs."""
         epoch, rest = divmod(self.step, self.per_epoch)
         if self.args.keep_every and not rest and epoch % self.args.keep_every == 0:
-            write(self.folder / f"backbone-{epoch}.pt", self.write_backbone)
+            try:
+                write(self.folder / f"backbone-{epoch}.pt", self.write_backbone)
+            except UserError as error:
+                warn(error)  # as of a checkpoint: a full disk does not end the run
 
     def write_backbone(self, file):
         torch.save(self.model.backbone.state_dict(), file)

@@ -23,8 +23,10 @@ Differences
     `--views released`, its final learning rate is 0.001 of the peak (`--final-lr 0.0016`).
  3. Where n < D, Eq. (4) comes from the Gram matrix: the same number. The loss is in float32.
  4. From the released code: no bias in the projector's last layer; residual branches start at zero;
-    LARS (eta 0.001) on weights alone; variance and covariance over all processes; blur of 0.1 to 2
-    pixels at 224. Ours: in proportion elsewhere; whole batches; a linear probe alone sees labels.
+    LARS (eta 0.001) neither decays nor scales biases and normalization; variance and covariance are
+    over the batch of all processes; blur of 0.1 to 2 pixels at 224. Ours: in proportion at another
+    `--size`; incomplete batches are dropped; a linear classifier, which alone sees labels, reports
+    accuracy.
  5. cifar10, cifar100 and imagenet100 follow "Bag of Image Patch Embedding" (Appendix C.1, C.2): its
     learning rates are read as base rates. Those of shapes and small are this project's own.
 """
@@ -196,9 +198,6 @@ class VICReg(nn.Module):
         if "standardize" in normalization:
             last = nn.BatchNorm1d(widths[-1]).requires_grad_(False)
             self.projector.append(last)
-        if "l2" in normalization:  # to a length of sqrt(D), not of 1: so gamma stays 1
-            last = nn.RMSNorm(widths[-1], elementwise_affine=False)
-            self.projector.append(last)
         self.probe = nn.Linear(backbone.dim, num_classes) if num_classes else None
 
     def forward(self, x_a, x_b):
@@ -272,8 +271,8 @@ def main():
     flag("--inv-coeff", type=float, default=25.0, help="lambda, weight of the invariance term")
     flag("--var-coeff", type=float, default=25.0, help="mu, weight of the variance term")
     flag("--cov-coeff", type=float, default=1.0, help="nu, weight of the covariance term")
-    flag("--normalization", nargs="+", default=[], choices=["standardize", "l2", "no-bn"],
-         help="of the embeddings, and none in the projector: Table 4b")
+    flag("--normalization", nargs="+", default=[], choices=["standardize", "no-bn"],
+         help="Table 4b: of the embeddings; none in the projector")
     try:
         from training import launch
     except ModuleNotFoundError:

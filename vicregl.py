@@ -335,10 +335,10 @@ def mean_local_criterion(maps, pos, num_matches, num_feature_matches, *options):
 def mean_global_criterion(z, inv_coeff, var_coeff, cov_coeff):
     """vicreg_loss(z[i], z[j]) averaged over the pairs (i, j) of vicregl_loss()."""
     views = len(z)
-    z = torch.stack(z, 1)  # (n/G, V, D)
-    i = z[:, :2, None].expand(-1, -1, views, -1)  # (n/G, 2, V, D)
-    inv = invariance(i, z[:, None].expand_as(i)) * views / (views - 1)  # 0 where j = i
-
+    z = float32(torch.stack(z, 1))  # (n/G, V, D)
+    z_i = z[:, :2, None].expand(-1, -1, views, -1)  # (n/G, 2, V, D)
+    z_j = z[:, None].expand_as(z_i)
+    inv = invariance(z_i, z_j) * views / (views - 1)  # 0 where j = i
     def mean_over_pairs(terms):
         """Of terms (V,), one a view: a large view is in V of the 2 (V - 1) pairs, a small in 2."""
         return (views * terms[:2].sum() + 2 * terms[2:].sum()) / (2 * (views - 1))

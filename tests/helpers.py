@@ -88,6 +88,23 @@ def user_error(main, monkeypatch, capsys, *args):
     return lines[0]
 
 
+def at_step(monkeypatch, step, action):
+    """action() at the log line of a step, once."""
+    normal = training.Run.log
+
+    def log(self, **metrics):
+        normal(self, **metrics)
+        if self.step == step:
+            monkeypatch.setattr(training.Run, "log", normal)
+            action()
+
+    monkeypatch.setattr(training.Run, "log", log)
+
+
+def interrupted(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
 # --- what a run leaves ----------------------------------------------------------------------------
 
 def lines(folder):

@@ -1,13 +1,10 @@
 """--compile: the same values, names, resumption and processes; traced, but not made into code."""
-import os
 import signal
 
 import helpers
 import pytest
 import torch
 from helpers import METHODS, checkpoint, lines, on_processes, run_in_pool
-
-import training
 
 
 def _traced():
@@ -59,15 +56,8 @@ def test_compiled_training_is_the_same(method, flags, traced, tmp_path):
 def test_compiled_training_stops_and_resumes_to_the_bit(flags, traced, monkeypatch, tmp_path):
     args = (*flags("cribo"), "--compile", "--epochs", 2, "--out", tmp_path, "--name")
     assert helpers.run("cribo", *args, "whole") == 0
-    log = training.Run.log
-
-    def log_and_stop(self, **metrics):
-        log(self, **metrics)
-        if self.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "log", log_and_stop)
+        helpers.at_step(patch, 6, helpers.interrupted(signal.SIGTERM))
         assert helpers.run("cribo", *args, "cut") == 0
     assert checkpoint(tmp_path / "cut")["step"] == 7
     assert helpers.run("cribo", *args, "cut") == 0

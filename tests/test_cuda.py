@@ -349,15 +349,8 @@ def test_a_step_of_cribo_has_two_host_syncs(flags, tmp_path, monkeypatch):
 def test_a_run_that_is_stopped_goes_on(method, flags, tmp_path, monkeypatch):
     """The same steps, rates and, but for the order of sums, numbers."""
     whole = run(method, flags, tmp_path, "whole", "--no-bf16")
-    log = training.Run.log
-
-    def log_and_stop(self, **metrics):
-        log(self, **metrics)
-        if self.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "log", log_and_stop)
+        helpers.at_step(patch, 6, helpers.interrupted(signal.SIGTERM))
         assert len(run(method, flags, tmp_path, "cut", "--no-bf16")) == 7
     cut = run(method, flags, tmp_path, "cut", "--no-bf16")
     assert [line["lr"] for line in cut] == [line["lr"] for line in whole]

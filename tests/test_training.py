@@ -14,7 +14,18 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import METHODS, STEPS, Command, assert_same, checkpoint, lines, make_images, run
+from helpers import (
+    METHODS,
+    STEPS,
+    Command,
+    assert_same,
+    at_step,
+    checkpoint,
+    interrupted,
+    lines,
+    make_images,
+    run,
+)
 
 import common
 import training
@@ -165,25 +176,8 @@ class Killed(BaseException):
     """In place of SIGKILL: nothing of the run catches it, and nothing more is written."""
 
 
-def at_step(monkeypatch, step, action):
-    """action() at the log line of a step, once."""
-    normal = training.Run.log
-
-    def log(self, **metrics):
-        normal(self, **metrics)
-        if self.step == step:
-            monkeypatch.setattr(training.Run, "log", normal)
-            action()
-
-    monkeypatch.setattr(training.Run, "log", log)
-
-
 def killed():
     raise Killed
-
-
-def interrupted(number):
-    return lambda: os.kill(os.getpid(), number)
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -446,6 +440,20 @@ def test_backbone_pt_is_the_backbone_alone(undisturbed):
     assert all(torch.equal(value, model[f"backbone.{key}"]) for key, value in saved.items())
 
 
+def test_a_full_disk_does_not_end_a_run_that_keeps_backbones(flags, tmp_path, monkeypatch, capsys):
+    write = training.write
+
+    def full(path, save, *previous):
+        if path.name.startswith("backbone-"):
+            raise common.UserError(f"cannot write {path}")
+        write(path, save, *previous)
+
+    monkeypatch.setattr(training, "write", full)
+    args = (*flags("vicreg"), "--epochs", 2, "--keep-every", 1, "--out", tmp_path, "--name", "full")
+    assert run("vicreg", *args) == 0
+    assert capsys.readouterr().err.count("warning: cannot write") == 2
+
+
 def test_a_full_disk_keeps_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -527,6 +535,7 @@ def test_progress_is_a_line_that_renews_itself(flags, tmp_path, monkeypatch):
     progress = re.findall(r"\r\033\[K\[(#*) *\] step (\d) of 5, [\d.]+ images/s", said)
     assert [int(step) for _, step in progress] == [1, 2, 3, 4, 5]
     assert [len(bar) for bar, _ in progress] == [4, 8, 12, 16, 20]
+    assert said.count("left\n") == 1  # what comes next begins a line
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(flags, tmp_path, monkeypatch, capsys):

@@ -207,15 +207,15 @@ def test_stopped_and_resumed_is_bit_identical(method, flags, undisturbed, tmp_pa
 def die_in_a_save(monkeypatch, moment, at_save):
     """Ends the run at a moment of one of its saves, of which each begins with backbone.pt."""
     saves = 0
-    replace, link, fsync, save = os.replace, os.link, os.fsync, torch.save
+    replace, fsync, save = os.replace, os.fsync, torch.save
 
-    def moving(move, source, target):
+    def moving(source, target):
         nonlocal saves
         name = Path(target).name
         saves += name == "backbone.pt"
         if saves == at_save and moment == f"before {name}":
             killed()
-        move(source, target)
+        replace(source, target)
         if saves == at_save and moment == f"after {name}":
             killed()
 
@@ -230,8 +230,7 @@ def die_in_a_save(monkeypatch, moment, at_save):
             killed()
         save(state, file)
 
-    monkeypatch.setattr(os, "replace", lambda *names: moving(replace, *names))
-    monkeypatch.setattr(os, "link", lambda *names: moving(link, *names))
+    monkeypatch.setattr(os, "replace", moving)
     monkeypatch.setattr(os, "fsync", dying_fsync)
     monkeypatch.setattr(torch, "save", dying_save)
 
@@ -449,9 +448,9 @@ def test_a_full_disk_does_not_end_a_run_that_keeps_backbones(flags, tmp_path, mo
         write(path, save, *previous)
 
     monkeypatch.setattr(training, "write", full)
-    args = (*flags("vicreg"), "--epochs", 2, "--keep-every", 1, "--out", tmp_path, "--name", "full")
+    args = (*flags("vicreg"), "--epochs", 3, "--keep-every", 2, "--out", tmp_path, "--name", "full")
     assert run("vicreg", *args) == 0
-    assert capsys.readouterr().err.count("warning: cannot write") == 2
+    assert capsys.readouterr().err.count("warning: cannot write") == 1
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path):

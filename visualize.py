@@ -485,7 +485,7 @@ def draw(args):
 
 @torch.no_grad()
 def main():
-    with training.one_line_errors():
+    with training.orderly_exit():
         args = parse_args()
         figure = draw(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,7 @@ def evaluate(args):
 
 
 def main():
-    with training.one_line_errors():
+    with training.orderly_exit():
         args = parse_args()
         args.device = training.set_up(seed=0)
         title, rows = evaluate(args)

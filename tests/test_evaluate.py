@@ -1065,7 +1065,7 @@ def test_a_worker_that_dies_is_one_line(monkeypatch, capsys):
         raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error.")
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", dies)
-    with pytest.raises(SystemExit) as stop, training.one_line_errors():
+    with pytest.raises(SystemExit) as stop, training.orderly_exit():
         training.data_loader([], 0)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "--shm-size" in said and said.count("\n") == 1

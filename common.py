@@ -23,6 +23,7 @@ from torchvision import datasets as sets
 from torchvision.models.convnext import CNBlock, CNBlockConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
+from torchvision.transforms.v2 import functional as TF
 
 
 class UserError(Exception):
@@ -36,8 +37,11 @@ class UserError(Exception):
 
 def outputs(layers, x):
     """What each layer returns, the first fed with x and every other with the output before it."""
-    fed = itertools.accumulate(layers, lambda x, layer: layer(x), initial=x)
-    return list(fed)[1:]
+    found = []
+    for layer in layers:
+        x = layer(x)
+        found.append(x)
+    return found
 
 
 def flat(x):
@@ -444,34 +448,32 @@ class Batches:
 
 # --- 4. Colour augmentation -----------------------------------------------------------------------
 
-def gray(x):
-    r, g, b = x.split(1, 1)  # numbers, not a tensor of them: the GPU would wait for the host
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
+# op(images (B, 3, H0, W0) from 0 to 1, a factor or weights for each of them) -> the same images.
 
 
 def blend(x, weights):
-    """Brightness, contrast or saturation: the sum, in [0, 1], of images x, of their mean gray and
-    of their gray, each by its `weights` (B, 3)."""
+    """Brightness, contrast, saturation or grayscale: the sum, in [0, 1], of images, of their mean
+    gray and of their gray, each by its `weights` (B, 3)."""
     own, to_mean, to_gray = weights[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
-    g = gray(x)
-    other = (to_gray * g).add_(to_mean * g.mean((2, 3), keepdim=True))  # (B, 1, H0, W0)
+    gray = TF.rgb_to_grayscale(x)  # (B, 1, H0, W0)
+    other = (to_gray * gray).add_(to_mean * gray.mean((2, 3), keepdim=True))
     return torch.addcmul(other, own, x).clamp_(0, 1)
 
 
 def adjust_hue(x, factor):
-    """Turns the hue by `factor` of a circle. With value v, chroma c and hue h in sixths,
+    """Turns the hue by `factor` (B,) of a circle. With value v, chroma c and hue h in sixths,
     RGB = v - c clamp(min(k, 4 - k), 0, 1), where k = (n + h) mod 6 and n = 5, 3, 1."""
     r, g, b = x.split(1, 1)  # (B, 1, H0, W0) each
     v = x.amax(1, keepdim=True)
     c = v - x.amin(1, keepdim=True)
     h = torch.where(v == r, g - b, torch.where(v == g, 2 * c + b - r, 4 * c + r - g))
-    h = h.div_(c.clamp(min=1e-12)).add_(6 * factor)
+    h = h.div_(c.clamp(min=1e-12)).add_(6 * factor.view(-1, 1, 1, 1))
     k = (h + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)).remainder_(6)  # (B, 3, H0, W0)
     return v - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(c)
 
 
 def gaussian_blur(x, sigma, kernel=23):
-    """Blurs each image of x (B, 3, H0, W0) with its own sigma (B,) in pixels; borders reflected."""
+    """Blurs each image with its own sigma (B,) in pixels; borders are reflected."""
     b, _, h, w = x.shape
     reach = min(kernel // 2, h - 1, w - 1)
     offset = torch.arange(-reach, reach + 1, device=x.device)
@@ -484,13 +486,13 @@ def gaussian_blur(x, sigma, kernel=23):
     return x
 
 
-def solarize(x, threshold=0.5):
-    return torch.where(x >= threshold, 1 - x, x)
+def solarize(x, threshold):
+    return torch.where(x >= threshold.view(-1, 1, 1, 1), 1 - x, x)
 
 
 def normalize(x):
     """RGB (B, 3, H0, W0) from 0 to 1 -> minus ImageNet's mean, by its standard deviation."""
-    r, g, b = x.unbind(1)
+    r, g, b = x.unbind(1)  # numbers, not a tensor of them: the GPU would wait for the host
     return torch.stack([(r - 0.485) / 0.229, (g - 0.456) / 0.224, (b - 0.406) / 0.225], 1)
 
 
@@ -507,15 +509,28 @@ class Photometric:
     size: int = 224  # of a run's whole views: blur is in proportion, the papers' 0.1 to 2 at 224
 
     def draw(self, n):
-        """For n images, on the CPU: jittered (n,), order (n, 4) of brightness, contrast, saturation
-        and hue, change (n, 4) by each, grayed, blurred, its sigma, solarized (n,)."""
+        """The steps for n images: [(op, the images it changes (n,), its factors (n, ...)), ...]."""
         jittered = torch.rand(n) < self.jitter_p
-        order = torch.rand(n, 4).argsort(1)
-        change = torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)
+        order = torch.rand(n, 4).argsort(1)  # of brightness 0, contrast 1, saturation 2 and hue 3
+        change = torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)  # by each, 0 for none
         grayed = torch.rand(n) < self.gray_p
         blurred = torch.rand(n) < self.blur_p
         sigma = (0.1 + 1.9 * torch.rand(n)) * self.size / 224  # pixels
-        return jittered, order, change, grayed, blurred, sigma, torch.rand(n) < self.solarize_p
+        solarized = torch.rand(n) < self.solarize_p
+
+        own = 1 + change.gather(1, order)  # (n, 4): the image's weight at each place in the order
+        rest = 1 - own
+        weights = torch.stack([own, rest * (order == 1), rest * (order == 2)], 2)  # (n, 4, 3)
+        hue = (order == 3).int().argmax(1)  # its place
+        return [
+            # What an image has before its hue, the hue of all images at once, then what is left.
+            *((blend, jittered & (place < hue), weights[:, place]) for place in range(3)),
+            (adjust_hue, jittered, change[:, 3]),
+            *((blend, jittered & (place > hue), weights[:, place]) for place in range(1, 4)),
+            (blend, grayed, torch.tensor([0.0, 0.0, 1.0]).expand(n, 3)),
+            (gaussian_blur, blurred, sigma),
+            (solarize, solarized, torch.full((n,), 0.5)),
+        ]
 
     def __call__(self, x):
         """x (B, 3, H0, W0) uint8 -> float32, normalized."""
@@ -528,35 +543,15 @@ def recolour(colours, views):
     size in a row are one batch, for fewer launches. Draws on the CPU, without a host sync."""
     done = []
     for _, group in itertools.groupby(zip(colours, views), lambda pair: pair[1].shape):
-        done += _recolour(*zip(*group))
+        colours_of_size, views_of_size = zip(*group)
+        x = torch.cat(views_of_size).float() / 255
+        draws = [colour.draw(len(view)) for colour, view in zip(colours_of_size, views_of_size)]
+        for steps in zip(*draws):  # the same step of each view
+            ops, chosen, factors = zip(*steps)
+            chosen = torch.cat(chosen)
+            i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
+            if len(i):
+                factors = torch.cat(factors)[chosen].to(x.device, non_blocking=True)
+                x[i] = ops[0](x[i], factors)
+        done += normalize(x).chunk(len(draws))
     return done
-
-
-def _recolour(colours, views):
-    draws = [colour.draw(len(view)) for colour, view in zip(colours, views)]
-    jittered, order, change, grayed, blurred, sigma, solarized = map(torch.cat, zip(*draws))
-    hue_place = (order == 3).int().argmax(1)
-    x = torch.cat(views).float() / 255
-
-    def apply(op, chosen, *factors):
-        i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
-        if len(i):
-            factors = [f[chosen].to(x.device, non_blocking=True) for f in factors]
-            x[i] = op(x[i], *factors)
-
-    def apply_blend(place, chosen):
-        op = order[:, place : place + 1]  # (n, 1): brightness 0, contrast 1, saturation 2
-        factor = 1 + change.gather(1, op)
-        rest = 1 - factor
-        apply(blend, chosen, torch.cat([factor, rest * (op == 1), rest * (op == 2)], 1))
-
-    # Each image has its own order: its blends before hue, then hue of all at once, then the rest.
-    for place in range(3):
-        apply_blend(place, jittered & (place < hue_place))
-    apply(adjust_hue, jittered, change[:, 3].view(-1, 1, 1, 1))
-    for place in range(1, 4):
-        apply_blend(place, jittered & (place > hue_place))
-    apply(lambda x: gray(x).expand_as(x), grayed)
-    apply(gaussian_blur, blurred, sigma)
-    apply(solarize, solarized)
-    return normalize(x).chunk(len(views))

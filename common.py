@@ -231,9 +231,8 @@ def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
 def grid_of(size, stride):
     """Locations along a map's side, for square views of `size` pixels. Raises UserError."""
     if size % stride or size < 2 * stride:  # else centres of locations would not be where we say
-        least = 2 * stride
-        raise UserError(f"views of {size} pixels: --size must make a multiple of {stride}, {least} "
-                        "or more")
+        raise UserError(f"views of {size} pixels: --size must make a multiple of {stride}, "
+                        f"{2 * stride} or more")
     return size // stride
 
 
@@ -251,7 +250,7 @@ class Images:
     def __init__(self, items, labels=None, classes=(), root=""):
         if not isinstance(items, np.ndarray):  # forked workers share an array, not a list
             items = np.array([os.fsencode(path) for path in items])
-        self.items = items
+        self.items = items  # bytes (dtype "S") or pixels
         self.labels = labels
         self.classes = classes
         self.root = root
@@ -287,7 +286,7 @@ class Images:
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats: to bytes
                 pixels = np.asarray(image, np.float32)
-                scale = 1 / 257
+                scale = 1 / 257  # 65,535 becomes 255
                 if pixels.max() <= 255 and not image.mode.startswith("I;16"):
                     scale = 255 if image.mode == "F" and pixels.max() <= 1 else 1
                 image = Image.fromarray((scale * pixels).clip(0, 255).astype(np.uint8))
@@ -448,12 +447,9 @@ class Batches:
 
 # --- 4. Colour augmentation -----------------------------------------------------------------------
 
-# op(images (B, 3, H0, W0) from 0 to 1, a factor or weights for each of them) -> the same images.
-
-
 def blend(x, weights):
-    """Brightness, contrast, saturation or grayscale: the sum, in [0, 1], of images, of their mean
-    gray and of their gray, each by its `weights` (B, 3)."""
+    """Brightness, contrast or saturation: the sum, in [0, 1], of images x (B, 3, H0, W0), of their
+    mean gray and of their gray, each by its `weights` (B, 3)."""
     own, to_mean, to_gray = weights[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
     gray = TF.rgb_to_grayscale(x)  # (B, 1, H0, W0)
     other = (to_gray * gray).add_(to_mean * gray.mean((2, 3), keepdim=True))
@@ -473,7 +469,7 @@ def adjust_hue(x, factor):
 
 
 def gaussian_blur(x, sigma, kernel=23):
-    """Blurs each image with its own sigma (B,) in pixels; borders are reflected."""
+    """Blurs each image of x (B, 3, H0, W0) with its own sigma (B,) in pixels; borders reflected."""
     b, _, h, w = x.shape
     reach = min(kernel // 2, h - 1, w - 1)
     offset = torch.arange(-reach, reach + 1, device=x.device)
@@ -484,10 +480,6 @@ def gaussian_blur(x, sigma, kernel=23):
         x = F.pad(x.reshape(1, 3 * b, *x.shape[2:]), (reach, reach, 0, 0), mode="reflect")
         x = F.conv2d(x, weight, groups=3 * b).unflatten(1, (b, 3))[0].mT
     return x
-
-
-def solarize(x, threshold):
-    return torch.where(x >= threshold.view(-1, 1, 1, 1), 1 - x, x)
 
 
 def normalize(x):
@@ -509,7 +501,7 @@ class Photometric:
     size: int = 224  # of a run's whole views: blur is in proportion, the papers' 0.1 to 2 at 224
 
     def draw(self, n):
-        """The steps for n images: [(op, the images it changes (n,), its factors (n, ...)), ...]."""
+        """Steps for n images: [(op, those it changes (n,), its factors (n, ...) if any), ...]."""
         jittered = torch.rand(n) < self.jitter_p
         order = torch.rand(n, 4).argsort(1)  # of brightness 0, contrast 1, saturation 2 and hue 3
         change = torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)  # by each, 0 for none
@@ -527,9 +519,9 @@ class Photometric:
             *((blend, jittered & (place < hue), weights[:, place]) for place in range(3)),
             (adjust_hue, jittered, change[:, 3]),
             *((blend, jittered & (place > hue), weights[:, place]) for place in range(1, 4)),
-            (blend, grayed, torch.tensor([0.0, 0.0, 1.0]).expand(n, 3)),
+            (lambda x: TF.rgb_to_grayscale(x, 3), grayed),
             (gaussian_blur, blurred, sigma),
-            (solarize, solarized, torch.full((n,), 0.5)),
+            (lambda x: TF.solarize(x, 0.5), solarized),
         ]
 
     def __call__(self, x):
@@ -547,11 +539,11 @@ def recolour(colours, views):
         x = torch.cat(views_of_size).float() / 255
         draws = [colour.draw(len(view)) for colour, view in zip(colours_of_size, views_of_size)]
         for steps in zip(*draws):  # the same step of each view
-            ops, chosen, factors = zip(*steps)
+            ops, chosen, *factors = zip(*steps)
             chosen = torch.cat(chosen)
             i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
             if len(i):
-                factors = torch.cat(factors)[chosen].to(x.device, non_blocking=True)
-                x[i] = ops[0](x[i], factors)
+                factors = [torch.cat(f)[chosen].to(x.device, non_blocking=True) for f in factors]
+                x[i] = ops[0](x[i], *factors)
         done += normalize(x).chunk(len(draws))
     return done

@@ -45,7 +45,7 @@ class LARS(torch.optim.SGD):
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
         super().__init__(params, lr, momentum, fused=True)
         for group in self.param_groups:
-            group.update(decay=weight_decay, eta=eta)
+            group.update(decay=weight_decay, eta=eta)  # SGD's own decay would take biases too
 
     @torch.no_grad()
     def step(self):
@@ -109,7 +109,7 @@ def set_up(seed):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = fresh_store(store, rank, world)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # by a tensor's device
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return device
 
@@ -121,7 +121,7 @@ def distribute(model, device):
         return model, model
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.__class__ = GlobalBatchNorm  # the parameters keep their names
+            module.__class__ = GlobalBatchNorm  # parameters and their names stay
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     ddp.broadcast_buffers = False  # they stay equal by themselves
     return model, ddp
@@ -164,7 +164,7 @@ class MeanOfAll(torch.autograd.Function):
     backward = forward
 
 
-@functools.cache
+@functools.cache  # so that no layer launches a kernel for it
 def filled(size, number, dtype, device):
     return torch.full((size,), number, dtype=dtype, device=device)
 
@@ -251,12 +251,12 @@ def parse_args(parser, recipes, limits):
     args = parser.parse_args()
     counts = ("size", "epochs", "batch_size", "log_every", "max_megapixels")
     limits = dict.fromkeys(counts, (1, math.inf)) | limits
-    for name, value in vars(args).items():
-        low, high = limits.get(name, (0, math.inf))
+    for key, value in vars(args).items():
+        low, high = limits.get(key, (0, math.inf))
         values = value if isinstance(value, list) else [value]
         if any(isinstance(v, int | float) and not low <= v <= high for v in values):
-            name = name.replace("_", "-")
-            raise UserError(f"--{name} {value}: it must be at least {low} and at most {high}")
+            flag = key.replace("_", "-")
+            raise UserError(f"--{flag} {value}: it must be at least {low} and at most {high}")
     common.MAX_PIXELS = 1e6 * args.max_megapixels
     return args
 
@@ -294,14 +294,13 @@ def report(error):
     """Says on stderr what ends this process: a UserError or a lost data worker in one line, a bug
     with its traceback. Returns the exit code."""
     message = str(error).rpartition("UserError: ")[2].strip()  # after a data worker's traceback
-    mistake = isinstance(error, UserError)
     # torch raises the loss of a worker amid whatever this process is at.
     lost = re.search(r"DataLoader (worker \(pid|timed out).*", f"{error} {error.__context__}")
     if lost:
         message = f"a data worker died or hung ({lost[0]}); try docker's --shm-size or --workers"
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # what all processes meet, the first one says: then torchrun ends all
-    if mistake or lost:
+    if lost or isinstance(error, UserError):
         say(f"error: {printable(message)}", sys.stderr)
         return 2
     traceback.print_exception(error)
@@ -398,8 +397,8 @@ class Run:
         self.total = args.epochs * self.per_epoch
         self.keep_steps = args.keep_every * self.per_epoch
         if args.batch_size < 2 * self.world or args.batch_size % self.world:
-            share = f"a multiple of the {self.world} processes, 2 or more for each"
-            raise UserError(f"--batch-size {args.batch_size}: it must be {share}")
+            raise UserError(f"--batch-size {args.batch_size}: it must be a multiple of the "
+                            f"{self.world} processes, 2 or more for each")
         if not self.per_epoch:
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images")
         open_data(args.data, "val", args.size)  # if it cannot be read, it is better to know it now
@@ -508,7 +507,7 @@ class Run:
 
     def on_signal(self, number, frame):
         self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends the run
         if number == signal.SIGINT:
             say("saving after this step; again to quit now")
 
@@ -528,7 +527,7 @@ class Run:
             if self.broken > 10 + 0.01 * seen:
                 raise UserError(f"{self.broken} of {seen} images could not be read, over 1%: mend "
                                 "or remove those that the warnings name")
-            torch.manual_seed(seed_of(seed, self.step, self.rank, 1))
+            torch.manual_seed(seed_of(seed, self.step, self.rank, 1))  # 1: not the seed of a view
             views = [view.to(self.device, non_blocking=True) for view in batch.views]
             yield Batch(views, *[t.to(self.device, non_blocking=True) for t in batch[1:]])
             asked = time.monotonic()

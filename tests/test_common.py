@@ -422,12 +422,11 @@ def test_blur_is_torchvisions(size):
 
 
 def test_grayscale_solarize_normalize_are_torchvisions():
-    x = torch.rand(4, 3, 9, 9)
-    gray = common.blend(x, torch.tensor([0.0, 0.0, 1.0]).expand(4, 3))
+    x = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    assert torch.equal(gray, TF.rgb_to_grayscale(x, 3))
-    assert torch.equal(common.solarize(x, torch.full((4,), 0.5)), TF.solarize(x, 0.5))
-    torch.testing.assert_close(common.normalize(x), TF.normalize(x, mean, std))
+    theirs = TF.normalize(TF.solarize(TF.rgb_to_grayscale(x / 255, 3), 0.5), mean, std)
+    ours = common.Photometric(jitter_p=0, gray_p=1, solarize_p=1)(x)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_photometric_draws_once_a_sample():

@@ -85,9 +85,8 @@ def rank_and_world():
 
 
 def fresh_store(store, rank, world):
-    """torchrun's store without what an earlier start left in it. Each process puts a new random
-    name into a list. The list is this start's prefix as soon as all processes have read the same.
-    """
+    """torchrun's store without what an earlier start left in it. Each process puts a random name
+    into a list, which is this start's prefix as soon as all have read the same list."""
     store.set(f"name {rank}", os.urandom(4).hex())
     prefix = ""
     while not prefix or store.add(prefix, 0) < world:  # how many have read this list
@@ -291,8 +290,7 @@ def warn(message):
 
 
 def report(error):
-    """Says on stderr what ends this process: a UserError or a lost data worker in one line, a bug
-    with its traceback. Returns the exit code."""
+    """Says on stderr what ends this process, a bug with its traceback -> the exit code."""
     message = str(error).rpartition("UserError: ")[2].strip()  # after a data worker's traceback
     # torch raises the loss of a worker amid whatever this process is at.
     lost = re.search(r"DataLoader (worker \(pid|timed out).*", f"{error} {error.__context__}")
@@ -354,7 +352,9 @@ def write(path, save, previous=None):
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
-            os.replace(path, path.with_name(previous))
+            with contextlib.suppress(OSError):  # a file system without hard links keeps none
+                path.with_name(previous).unlink(missing_ok=True)
+                os.link(path, path.with_name(previous))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         with contextlib.suppress(OSError):

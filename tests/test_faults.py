@@ -50,15 +50,15 @@ def here():
 def _die_in_a_save(moment):
     """SIGKILL at a moment of the second save, of which each begins with backbone.pt."""
     count = 0
-    replace, fsync, save = os.replace, os.fsync, torch.save
+    replace, link, fsync, save = os.replace, os.link, os.fsync, torch.save
 
-    def moving(source, target):
+    def moving(move, source, target):
         nonlocal count
         name = Path(target).name
         count += name == "backbone.pt"
         if count == 2 and moment == f"before {name}":
             here()
-        replace(source, target)
+        move(source, target)
         if count == 2 and moment == f"after {name}":
             here()
 
@@ -76,7 +76,8 @@ def _die_in_a_save(moment):
             here()
         save(state, file)
 
-    os.replace = moving
+    os.replace = functools.partial(moving, replace)
+    os.link = functools.partial(moving, link)
     os.fsync = dying_fsync
     torch.save = dying_save
 

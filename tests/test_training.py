@@ -207,15 +207,15 @@ def test_stopped_and_resumed_is_bit_identical(method, flags, undisturbed, tmp_pa
 def die_in_a_save(monkeypatch, moment, at_save):
     """Ends the run at a moment of one of its saves, of which each begins with backbone.pt."""
     saves = 0
-    replace, fsync, save = os.replace, os.fsync, torch.save
+    replace, link, fsync, save = os.replace, os.link, os.fsync, torch.save
 
-    def moving(source, target):
+    def moving(move, source, target):
         nonlocal saves
         name = Path(target).name
         saves += name == "backbone.pt"
         if saves == at_save and moment == f"before {name}":
             killed()
-        replace(source, target)
+        move(source, target)
         if saves == at_save and moment == f"after {name}":
             killed()
 
@@ -230,7 +230,8 @@ def die_in_a_save(monkeypatch, moment, at_save):
             killed()
         save(state, file)
 
-    monkeypatch.setattr(os, "replace", moving)
+    monkeypatch.setattr(os, "replace", lambda *names: moving(replace, *names))
+    monkeypatch.setattr(os, "link", lambda *names: moving(link, *names))
     monkeypatch.setattr(os, "fsync", dying_fsync)
     monkeypatch.setattr(torch, "save", dying_save)
 

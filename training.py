@@ -365,17 +365,17 @@ def write(path, save, previous=None):
         raise UserError(f"cannot write {path} ({reason}); what it held is intact") from error
 
 
-def ignore_signals(_):
-    """In data workers: a signal to the whole process group is the main process's to answer."""
+def answer_signals(handler):
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
 
 
 def data_loader(dataset, workers, **how):
-    """A DataLoader with forked workers, which share the data."""
+    """A DataLoader with forked workers, which share the data. A signal to the whole process group
+    is the main process's to answer."""
     if workers:
         how |= dict(timeout=TIMEOUT.total_seconds(), multiprocessing_context="fork")
-    how |= dict(num_workers=workers, worker_init_fn=ignore_signals)
+    how |= dict(num_workers=workers, worker_init_fn=lambda _: answer_signals(signal.SIG_IGN))
     return torch.utils.data.DataLoader(dataset, **how)
 
 
@@ -413,8 +413,7 @@ class Run:
         if self.rank == 0:
             self.start_log()
             self.introduce()
-        for number in SIGNALS:
-            signal.signal(number, self.on_signal)
+        answer_signals(self.on_signal)
         self.first = self.logged = self.step  # since when rates are measured
         self.started = self.logged_at = self.shown_at = self.saved_at = time.monotonic()
         self.waited = 0.0  # seconds for data, since the last log line
@@ -635,8 +634,7 @@ class Run:
     def finish(self, *protocols, figure="curves"):
         """Evaluates the backbone and draws a figure, in commands of their own: `python -m evaluate
         PROTOCOL ...`, `python visualize.py FIGURE ...`; or says how where it cannot be done."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        answer_signals(signal.SIG_DFL)
         if self.rank:
             return
         here = Path(__file__).resolve().parent

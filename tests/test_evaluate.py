@@ -60,25 +60,22 @@ def results(folder, protocol):
 def test_nearest_is_brute_force(chunk):
     x, y = blobs(200)
     queries, _ = blobs(40, seed=1)
-    similarity, labels = knn.nearest_rows(queries, zip(x.split(chunk), y.split(chunk)), 20)
-    for q, s, found in zip(queries, similarity, labels):
-        cosine = np.array([(q @ row / q.norm() / row.norm()).item() for row in x])
-        order = np.argsort(-cosine)[:20]
-        np.testing.assert_allclose(s, cosine[order], atol=1e-5)
-        assert found.tolist() == y[order].tolist()
-
-
-def test_merged_chunks_hold_the_same_rows():
-    x, y = blobs(50)
-    merged = list(knn.merged(zip(x.split(4), y.split(4)), least=10))
-    assert [len(labels) for _, labels in merged] == [12, 12, 12, 12, 2]
-    assert torch.equal(torch.cat([rows for rows, _ in merged]), x)
-    assert torch.equal(torch.cat([labels for _, labels in merged]), y)
+    chunks = [(rows, labels, [0, 1][i % 2:]) for i, (rows, labels)  # trial 1 has all, 0 half
+              in enumerate(zip(x.split(chunk), y.split(chunk)))]
+    half = torch.cat([rows for rows, _, members in chunks if 0 in members])
+    half_labels = torch.cat([labels for _, labels, members in chunks if 0 in members])
+    trials = knn.nearest_rows(queries, chunks, 20, trials=2)
+    for (x, y), (similarity, labels) in zip([(half, half_labels), (x, y)], trials):
+        for q, s, found in zip(queries, similarity, labels):
+            cosine = np.array([(q @ row / q.norm() / row.norm()).item() for row in x])
+            order = np.argsort(-cosine)[:20]
+            np.testing.assert_allclose(s, cosine[order], atol=1e-5)
+            assert found.tolist() == y[order].tolist()
 
 
 def test_fewer_rows_than_k():
     x, y = blobs(7)
-    similarity, labels = knn.nearest_rows(x, [(x, y)], 20)
+    ((similarity, labels),) = knn.nearest_rows(x, [(x, y, [0])], 20)
     assert (similarity[:, 7:] == -torch.inf).all()
     assert (labels[:, 7:] == -1).all()
     for temperature in (None, 0.07):
@@ -419,7 +416,7 @@ def test_only_the_first_process_tells(monkeypatch, capsys):
 @pytest.mark.parametrize("line,what", [
     ("knn", "40 images"), ("linear --no-augment --epochs 1 --batch-size 16", "2 steps"),
     ("segment --steps 2 --batch-size 2", "validation images"),
-    ("retrieve --subsample 1", "1/1 of the training images, draw 1"),
+    ("retrieve --subsample 1", "training images"),
     ("correspond", "40 images"), ("bag --bags 1 --epochs 1 --batch-size 16", "40 images"),
 ])
 def test_every_protocol_tells_its_progress(monkeypatch, capsys, line, what):
@@ -557,7 +554,9 @@ def test_bag_of_a_run(tmp_path, classes, monkeypatch):
     for count in corners:
         for name, layer in (("", torch.nn.Identity()), (", after the projector", model.projector)):
             queries, targets = bags(val, count, layer)
-            predicted = knn.vote(*knn.nearest_rows(queries, [bags(train, count, layer)], 20), 3)
+            memory = [(*bags(train, count, layer), [0])]
+            ((similarity, labels),) = knn.nearest_rows(queries, memory, 20)
+            predicted = knn.vote(similarity, labels, 3)
             expected = 100 * (predicted == targets).double().mean().item()
             row = found[f"{folder}: bag of {count}{name}"]
             assert row["20-NN"] == pytest.approx(expected)

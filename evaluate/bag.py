@@ -99,8 +99,7 @@ def measure(backbone, data, names, args, whole=None, **how):
         q = queries[:, columns]
         chunks = kept if args.linear else features(backbone, train, args, **how)
         memory = ((*labelled(rows[:, columns], found), [0]) for rows, found, *_ in chunks)
-        (neighbors,) = nearest_rows(q, memory, 20)
-        predicted = vote(*neighbors, len(train.classes))
+        predicted = vote(*next(nearest_rows(q, memory, 20)), len(train.classes))
         row = {"20-NN": percent(predicted == targets), "linear": None, "cosine": None}
         if args.linear:
             heads = fit_on_kept(y[:, columns], labels, len(train.classes), args)

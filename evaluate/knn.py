@@ -30,16 +30,17 @@ def keep_nearest(best, best_labels, similarity, labels):
 
 
 def nearest_rows(queries, chunks, k, trials=1):
-    """Yields for each trial the k largest cosine similarities of queries (n, D), which all processes
-    hold, to its rows on all processes, and the rows' labels: (n, k). -inf and -1 fill up.
+    """Yields for each trial the k largest cosine similarities of queries (n, D), which are the same
+    on all processes, to the rows of all processes, and the rows' labels: (n, k).
 
-    chunks: an iterable of (rows (m, D), labels (m,), numbers of the trials that have them).
+    chunks: an iterable of (rows (m, D), labels (m,), numbers of the trials that have them). Where
+    there are fewer than k rows, -inf and -1 fill up.
     """
     queries = F.normalize(queries, dim=1)
     shape = (trials, len(queries), k)
     best = queries.new_full(shape, -torch.inf)
     best_labels = torch.full(shape, -1, device=queries.device)
-    held = 2**22 if queries.device.type == "cpu" else 2**27  # similarities: what a cache holds
+    held = 2**22 if queries.device.type == "cpu" else 2**27  # similarities: a CPU's cache
     for rows, labels, members in chunks:
         if not len(rows):
             continue
@@ -76,7 +77,7 @@ def run(backbone, data, args, ks=(20, 200), temperature=0.07):
     queries, targets, _ = all_features(backbone, val, args)
     shares = features(backbone, train, args)
     memory = ((*labelled(y, labels), [0]) for y, labels, _ in shares)
-    ((similarity, labels),) = nearest_rows(queries, memory, max(ks))
+    similarity, labels = next(nearest_rows(queries, memory, max(ks)))
     row = {}
     for k in ks:
         for name, t in ((f"{k}-NN", None), (f"{k}-NN weighted", temperature)):

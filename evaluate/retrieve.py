@@ -13,8 +13,7 @@ Differences
  1. Unsaid in the paper: the vote is unweighted, the distance cosine, and void left out: a patch has
     the class of most of its other pixels, and one of nothing but void is left out.
  2. Neighbors are exact: the training patches are computed anew for each --chunk of validation
-    images, for all draws at once, and never kept. A patch of a chunk takes 600 bytes for each draw.
- 3. The deviation over draws is that of a sample (n - 1).
+    images, and never kept. The deviation over draws is that of a sample (n - 1).
 """
 import math
 import typing
@@ -37,7 +36,7 @@ def add_flags(flag):
     flag("--subsample", type=int, nargs="+", default=[1, 8, 64, 128],
          help="one of so many training images is used")
     flag("--runs", type=int, default=5, help="draws of these images")
-    flag("--chunk", type=int, default=300, help="validation images held in memory at a time")
+    flag("--chunk", type=int, default=300, help="validation images at a time: 10 kB a patch")
 
 
 class Patches(typing.NamedTuple):
@@ -79,9 +78,7 @@ def patches(backbone, data, indices, args, what="validation images"):
 def draw_images(total, factor, draw):
     """Which (total,) of the training images, one of `factor`, are used."""
     order = np.random.default_rng((factor, draw)).permutation(total)
-    used = np.zeros(total, dtype=bool)
-    used[order[: math.ceil(total / factor)]] = True
-    return used
+    return order.argsort() < math.ceil(total / factor)  # the first so many in this order
 
 
 def memory(backbone, train, trials, args):

@@ -376,6 +376,7 @@ def data_loader(dataset, workers, **how):
     if workers:
         how |= dict(timeout=TIMEOUT.total_seconds(), multiprocessing_context="fork")
     how |= dict(num_workers=workers, worker_init_fn=lambda _: answer_signals(signal.SIG_IGN))
+    how |= dict(pin_memory=torch.cuda.is_available())  # copies to a GPU need not be waited for
     return torch.utils.data.DataLoader(dataset, **how)
 
 
@@ -515,8 +516,7 @@ class Run:
         seed = self.args.seed
         order = Batches(len(self.data), self.args.batch_size, self.step, self.total, seed,
                         self.rank, self.world)
-        loader = data_loader(Views(self.data, sample, seed), self.args.workers, batch_sampler=order,
-                             pin_memory=self.device.type == "cuda")
+        loader = data_loader(Views(self.data, sample, seed), self.args.workers, batch_sampler=order)
         seen = 0
         asked = time.monotonic()
         for batch in loader:

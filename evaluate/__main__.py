@@ -136,6 +136,7 @@ def main():
     with training.orderly_exit():
         args = parse_args()
         args.device = training.set_up(seed=0)
+        torch.set_float32_matmul_precision("high")  # on a GPU TF32, to 1e-3; a CPU has none
         title, rows = evaluate(args)
         if training.rank_and_world()[0] or not rows:
             return

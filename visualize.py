@@ -6,6 +6,7 @@
     python visualize.py heatmap --checkpoint runs/bagssl-shapes --query 0.3 0.6  # BagSSL, Fig. 6
     python visualize.py neighbors --checkpoint runs/bagssl-shapes --scale 0.2    # BagSSL, Fig. 7
     python visualize.py views --method vicregl --views multicrop       # crops, colours, positions
+    python visualize.py detections --checkpoint runs/lc_loss-shapes/detector.pt  # what it finds
     python visualize.py curves runs/vicreg-shapes runs/vicregl-shapes  # what runs have logged
 
 --checkpoint is as for `python -m evaluate`; images are those of the validation part of --data.
@@ -31,7 +32,9 @@ import cribo
 import lc_loss
 import training
 import vicregl
+import weights
 from common import Photometric, UserError, Views, grid_of, normalize
+from evaluate import detect
 from evaluate.__main__ import Parser, check
 from evaluate.bag import load_projector
 from evaluate.correspond import transformed
@@ -55,6 +58,7 @@ RIGHT = dict(color="#0072B2", linestyle="solid")
 WRONG = dict(color="#D55E00", linestyle="dashed")
 LINE = dict(linewidth=2, path_effects=[withStroke(linewidth=3.5, foreground="white")])
 CIRCLE = dict(boxstyle="circle,pad=0.15", facecolor="white")
+SIGN = dict(boxstyle="round,pad=0.1", facecolor="white", alpha=0.7, edgecolor="none")
 
 
 def panels(rows, columns, height=1.1, width=1.0):
@@ -84,10 +88,10 @@ def outline(ax, box, style, label=None):
                            **LINE, **style))
 
 
-def mark(ax, point, number):
-    """A number in a circle at a point of the axes, above all else in the figure."""
+def mark(ax, point, text, box=CIRCLE):
+    """A number in a circle, or a text, at a point of the axes, above all else in the figure."""
     y, x = point.tolist()
-    ax.figure.text(x, y, number, transform=ax.transData, bbox=CIRCLE, fontsize=7, ha="center",
+    ax.figure.text(x, y, text, transform=ax.transData, bbox=box, fontsize=7, ha="center",
                    va="center_baseline")
 
 
@@ -381,6 +385,46 @@ def views(args, data, _):
     return figure
 
 
+def show_objects(ax, image, objects, classes, right):
+    """An image (3, H0, W0) and n objects, as a detector returns them or is told them: boxes, masks
+    if any, classes, scores if any. right (n,): which are drawn as right."""
+    styles = [RIGHT if ok else WRONG for ok in right]
+    height, width = image.shape[1:]
+    if "masks" in objects and styles:
+        masks = objects["masks"].view(-1, height, width) >= 0.5
+        colours = [style["color"] for style in styles]
+        image = draw_segmentation_masks(image, masks, 0.4, colours)
+    show(ax, image, "", width, height)
+    for i, style in enumerate(styles):
+        x0, y0, x1, y1 = objects["boxes"][i]
+        outline(ax, (y0, x0, y1 - y0, x1 - x0), style)
+        text = f"{classes[objects['labels'][i] - 1]}"
+        if "scores" in objects:
+            text = f"{text} {objects['scores'][i]:.0%}"
+        mark(ax, torch.stack([y0, (x0 + x1) / 2]), text, SIGN)
+
+
+def detections(args, data, backbone, least=0.5):
+    """The objects in four images, and below them what the detector of `evaluate detect` finds with
+    a score of `least` or more: blue where it takes an object, as AP50 counts, else orange."""
+    state = weights.read_checkpoint(args.checkpoint)
+    if "detector" not in state:
+        raise UserError(f"{args.checkpoint} holds no detector: `python -m evaluate detect` leaves "
+                        "one as detector.pt beside its checkpoint")
+    detector = detect.build(backbone, data, args).to(args.device).eval()
+    detector.load_state_dict(state["detector"])
+    figure, axes = panels(2, 4)
+    for (above, below), index in zip(axes.T, image_and_others(args, data, 3)):
+        image, truth = data[index]
+        (found,) = detector([image.to(args.device) / 255])
+        kept = found["scores"] >= least
+        found = {name: x[kept].cpu() for name, x in found.items()}
+        verdicts = detect.judge("boxes", found, truth)[2]  # (n, A, T)
+        show_objects(above, image, truth, data.classes, truth["labels"] > 0)
+        show_objects(below, image, found, data.classes, verdicts[:, 0, 0] > 0)
+    return figure
+
+
 NO_METRICS = {"step", "epoch", "lr", "momentum", "decay", "temperature", "broken", "wait",
               "minutes_left", "memory_gb"}
 
@@ -432,7 +476,7 @@ def curves(args, columns=3):
 
 METHODS = dict(vicregl=vicregl, lc_loss=lc_loss, cribo=cribo)
 COMMANDS = dict(matches=matches, correspond=correspond, objects=objects, heatmap=heatmap,
-                neighbors=neighbors, views=views, curves=curves)
+                neighbors=neighbors, views=views, detections=detections, curves=curves)
 LOWEST = dict(index=0, seed=0, query=0, scale=0.001)  # of all other numbers: 1
 HIGHEST = dict(size=4096, query=1, scale=1)
 
@@ -477,7 +521,7 @@ def draw(args):
     args.device = training.set_up(args.seed)
     backbone.to(args.device).eval()
     args.projector = load_projector(args.checkpoint)
-    data = open_part(args)
+    data = detect.prepare(args)[1] if args.command == "detections" else open_part(args)
     if not 0 <= args.index < len(data):
         raise UserError(f"--index {args.index}: {args.data} has {len(data)} images, from 0 on")
     return COMMANDS[args.command](args, data, backbone)

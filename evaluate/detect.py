@@ -13,8 +13,8 @@ detector is kept as detector.pt beside the checkpoint, for `python visualize.py 
 instances_train2017.json, train2017/ and the same of val; or one with images/train/ and YOLO's
 labels/train/, or train/images/ and train/labels/, and the same of val.
 
-VOC's and COCO's steps, rates, warmup are VICReg's; LC-loss gives COCO's 90,000 steps and, for VOC,
-SCRL's way. YOLO: as VOC. Unsaid, as in detectron2: momentum 0.9, weight decay 1e-4, short sides of
+VOC's (YOLO's too) and COCO's steps, rates, warmup are VICReg's; LC-loss gives COCO's 90,000 steps
+and, for VOC, SCRL's way. Unsaid, as in detectron2: momentum 0.9, weight decay 1e-4, short sides of
 480 (COCO: 640) to 800 pixels in training and 800 after it; BatchNorm in the pyramid.
 Not as in the papers
  1. VICReg has a C4 backbone for VOC, not LC-loss's pyramid; LC-loss has RetinaNet for COCO's boxes.
@@ -80,8 +80,8 @@ class Pyramid(ops.FeaturePyramidNetwork):
 
 
 def build(backbone, data, args):
-    """torchvision's detector of the objects of `data` on a backbone. A pyramid's levels have anchors
-    of one size each, a single level has all."""
+    """torchvision's detector of the objects of `data` on a backbone. Each level of a pyramid has
+    anchors of one size, a single level those of all five."""
     preset = PRESETS[data.form]
     dim = preset["dim"]
     sides = [preset["anchor"] * 2**i for i in range(5)]

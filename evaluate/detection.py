@@ -42,11 +42,10 @@ def out_of_range(areas):
 
 
 def judge(kind, found, truth):
-    """Compares what a detector finds in an image with its G objects: boxes or masks.
-
-    found: boxes, masks, labels and scores, as torchvision's detectors return them; truth: boxes, masks, labels, areas, crowd and
-    ignored (G,). -> scores and labels (n,), verdicts (n, A, T): 1 right, 0 wrong, -1 not counted;
-    labels (G,), and which objects count (G, A)."""
+    """Verdicts on an image's n detections, as torchvision's detectors return them, of kind boxes or
+    masks; truth: boxes, masks, labels, areas, crowd and ignored of its G objects. -> scores and
+    labels (n,), verdicts (n, A, T): 1 right, 0 wrong, -1 not counted; labels (G,), and which
+    objects count (G, A)."""
     order = found["scores"].argsort(descending=True, stable=True)
     found = {name: x[order] for name, x in found.items()}
     truth = {name: x.flip(0) for name, x in truth.items()}  # of equals, COCO takes the last

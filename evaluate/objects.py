@@ -15,7 +15,6 @@ from torchvision.transforms.functional import pil_to_tensor
 import common
 import shapes
 
-# --- 1. COCO's masks ------------------------------------------------------------------------------
 
 def run_lengths(text):
     """COCO's compressed run lengths: digits of 5 bits, the lowest first, as characters from "0" on,
@@ -32,14 +31,14 @@ def run_lengths(text):
     return lengths
 
 
-def decode(segmentation, width, height, fine=5):
+def decode(segmentation, width, height):
     """COCO's polygons, or run lengths along the columns -> a mask (height, width), bool."""
-    if isinstance(segmentation, list):  # drawn on a finer grid, as in COCO's code
-        drawn = Image.new("1", (fine * width, fine * height))
+    if isinstance(segmentation, list):
+        drawn = Image.new("1", (4 * width, 4 * height))  # in quarters of pixels
         for polygon in segmentation:
-            points = [round(fine * x) for x in polygon]
+            points = [round(4 * x) for x in polygon]
             ImageDraw.Draw(drawn).polygon(points, fill=1)
-        return np.array(drawn)[fine // 2 :: fine, fine // 2 :: fine]
+        return np.array(drawn)[2::4, 2::4]  # the pixels' centres
     lengths = segmentation["counts"]
     if isinstance(lengths, str):
         lengths = run_lengths(lengths)
@@ -47,8 +46,7 @@ def decode(segmentation, width, height, fine=5):
     return np.repeat(marked, lengths).reshape(width, height).T
 
 
-# --- 2. Files -------------------------------------------------------------------------------------
-# Each function yields paths of images and lists of objects, with COCO's keys and a name.
+# Readers yield paths of images and lists of objects, with COCO's keys and a name.
 
 VOC = {"train": [("2007", "trainval"), ("2012", "trainval")], "val": [("2007", "test")]}
 SIDES = ("xmin", "ymin", "xmax", "ymax")  # in pixels, from 1 on, the last one is inside
@@ -98,7 +96,6 @@ def read_yolo(folder, split):
 
 READERS = dict(voc=read_voc, coco=read_coco, yolo=read_yolo)
 
-# --- 3. Data sets ---------------------------------------------------------------------------------
 
 class Objects:
     """Item index -> an image (3, H0, W0), uint8, and its G objects: boxes (G, 4) as (x0, y0, x1,
@@ -181,10 +178,10 @@ def open_objects(args):
         folder = root
     try:
         parts = [list(READERS[form](folder, split)) for split in ("train", "val")]
+        names = {o["name"] for part in parts for _, objects in part for o in objects}
+        if not names or not all(parts):
+            raise ValueError("no images with objects to train or to validate")
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, SyntaxError) as error:
         raise common.UserError(f"cannot read the objects of {args.data} ({error!r}): `python -m "
                                "evaluate detect --help` says which files lie where") from error
-    names = {o["name"] for part in parts for _, objects in part for o in objects}
-    if not names or not all(parts):
-        raise common.UserError(f"{folder} must hold images with objects, to train and to validate")
     return [Objects(form, part, sorted(names)) for part in parts]

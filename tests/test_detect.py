@@ -11,6 +11,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import masks_to_boxes
 
 import common
+import weights
 from evaluate import __main__ as command
 from evaluate import detect, detection, objects
 
@@ -415,6 +416,12 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert all(list(row) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
                for row in result["rows"].values())
     assert "random initialisation: masks" in capsys.readouterr().out
+    kept = torch.load(tmp_path / "detector.pt", weights_only=True)
+    assert kept["args"] == dict(arch="tiny_convnet", data=f"{tmp_path}/coco", size=64, bf16=False)
+    data = objects.open_objects(SimpleNamespace(**kept["args"]))[1]
+    backbone = weights.load_backbone(tmp_path / "detector.pt")
+    model = detect.build(backbone, data, SimpleNamespace(**kept["args"]))
+    model.load_state_dict(kept["detector"])
 
 
 def _trained(rank, world):

@@ -6,7 +6,7 @@
     python visualize.py heatmap --checkpoint runs/bagssl-shapes --query 0.3 0.6  # BagSSL, Fig. 6
     python visualize.py neighbors --checkpoint runs/bagssl-shapes --scale 0.2    # BagSSL, Fig. 7
     python visualize.py views --method vicregl --views multicrop       # crops, colours, positions
-    python visualize.py detections --checkpoint runs/lc_loss-shapes/detector.pt  # what it finds
+    python visualize.py detections --checkpoint runs/lc_loss-shapes    # after `evaluate detect`
     python visualize.py curves runs/vicreg-shapes runs/vicregl-shapes  # what runs have logged
 
 --checkpoint is as for `python -m evaluate`; images are those of the validation part of --data.
@@ -407,12 +407,8 @@ def show_objects(ax, image, objects, classes, right):
 def detections(args, data, backbone, least=0.5):
     """The objects in four images, and below them what the detector of `evaluate detect` finds with
     a score of `least` or more: blue where it takes an object, as AP50 counts, else orange."""
-    state = weights.read_checkpoint(args.checkpoint)
-    if "detector" not in state:
-        raise UserError(f"{args.checkpoint} holds no detector: `python -m evaluate detect` leaves "
-                        "one as detector.pt beside its checkpoint")
     detector = detect.build(backbone, data, args).to(args.device).eval()
-    detector.load_state_dict(state["detector"])
+    detector.load_state_dict(weights.read_checkpoint(args.checkpoint)["detector"])
     figure, axes = panels(2, 4)
     for (above, below), index in zip(axes.T, image_and_others(args, data, 3)):
         image, truth = data[index]
@@ -516,6 +512,11 @@ def draw(args):
     if args.command == "views" and args.checkpoint is None:  # it shows no features
         args.checkpoint = "random"
         args.arch = "tiny_convnet"
+    if args.command == "detections" and args.checkpoint:
+        run = args.checkpoint
+        args.checkpoint = detect.kept_detector(run)  # it tells its own --data and --size
+        if not args.checkpoint.is_file():
+            raise UserError(f"no {args.checkpoint}: python -m evaluate detect --checkpoint {run}")
     args.bf16 = False
     backbone = load(args)
     args.device = training.set_up(args.seed)

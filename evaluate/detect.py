@@ -184,14 +184,18 @@ def measure(model, data, args):
     return {kind: table(results, args.device) for kind, results in judged.items()}
 
 
+def kept_detector(checkpoint):
+    """Where the detector on a checkpoint's backbone is kept."""
+    path = Path(checkpoint)
+    return path / "detector.pt" if path.is_dir() else path.with_name("detector.pt")
+
+
 def run(backbone, data, args):
     """AP in % on the validation part of a detector that is trained on the training part."""
     train, val = data
     model = fine_tune(backbone, train, args)
     if args.checkpoint != "random" and training.rank_and_world()[0] == 0:
-        path = Path(args.checkpoint)
-        path = path / "detector.pt" if path.is_dir() else path.with_name("detector.pt")
         settings = {name: getattr(args, name) for name in ("arch", "data", "size", "bf16")}
         state = dict(model=backbone.state_dict(), detector=model.state_dict(), args=settings)
-        training.write(path, lambda file: torch.save(state, file))
+        training.write(kept_detector(args.checkpoint), lambda file: torch.save(state, file))
     return measure(model, val, args)

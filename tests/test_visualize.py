@@ -433,7 +433,7 @@ def test_objects_and_detections_lie_where_they_are(figure, checkpoint, monkeypat
     backbone = common.build_backbone("tiny_convnet").state_dict()
     args = dict(arch="tiny_convnet", size=64, data="shapes", bf16=False)
     torch.save(dict(model=backbone, detector={}, args=args), "run/detector.pt")
-    drawn = figure("detections --checkpoint run/detector.pt")
+    drawn = figure("detections --checkpoint run")
     axes = np.array(drawn.axes).reshape(2, 4)
     for (above, below), index in zip(axes.T, indices):
         image, truth = scenes[index]
@@ -469,7 +469,7 @@ def test_evaluate_leaves_the_detector_that_is_drawn(figure, checkpoint, monkeypa
     start = trained[f"backbone.{first}"]
     change = (kept["model"][first] - start).norm() / start.norm()
     assert 0 < change < 0.1  # of the run's network, not of the untrained one, which came later
-    assert len(pictures(figure("detections --checkpoint run/detector.pt"))) == 8
+    assert len(pictures(figure("detections --checkpoint run"))) == 8
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -520,7 +520,9 @@ def test_smoothed_curves(figure, tmp_path):
     ("matches --checkpoint run --data broken", "mend or remove it"),
     ("matches", "--checkpoint is missing: a run folder"),
     ("matches --checkpoint random", "--arch"),
-    ("detections --checkpoint run", "holds no detector"),
+    ("detections --checkpoint run", "python -m evaluate detect --checkpoint run"),
+    ("detections --checkpoint random", "no detector.pt"),
+    ("detections", "--checkpoint is missing"),
     ("matches --checkpoint random --arch tiny_convnet --size 99999", "--size 99999"),
     ("heatmap --checkpoint run --scale nan", "--scale nan"),
     ("heatmap --checkpoint run --query 0.5 1.5", "--query 1.5"),

@@ -43,12 +43,13 @@ SIZE = 800  # pixels of the short side, but for shapes
 prepare = open_objects
 # smallest: the short side in training, as a share of --size. warmup, drops: shares of the steps; at
 # a drop the rate is divided by 10. dim: the pyramid's width. anchor: side of the smallest, pixels.
-# regions: of an image, that the heads are trained on.
+# limits: what else torchvision's detectors are told.
 VOC = dict(steps=24_000, lr=0.05, warmup=1 / 24, drops=[3 / 4, 11 / 12], smallest=0.6, dim=256,
-           anchor=32, regions=512)
+           anchor=32, limits=dict(rpn_post_nms_top_n_train=1000))
 COCO = VOC | dict(steps=90_000, lr=0.04, warmup=5 / 9000, drops=[6 / 9, 8 / 9], smallest=0.8)
-SHAPES = dict(steps=300, lr=0.02, warmup=0.1, drops=[6 / 9, 8 / 9], smallest=1.0, dim=64, anchor=8,
-              regions=16)
+FEW = dict(box_batch_size_per_image=16, rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=100)
+SHAPES = dict(steps=500, lr=0.02, warmup=0.1, drops=[6 / 9, 8 / 9], smallest=1.0, dim=64, anchor=16,
+              limits=FEW)
 PRESETS = dict(voc=VOC, coco=COCO, yolo=VOC, shapes=SHAPES)
 
 
@@ -93,7 +94,7 @@ def build(backbone, data, args):
     kind = detection.MaskRCNN if data.has_masks else detection.FasterRCNN
     model = kind(pyramid, classes, min_size=sizes[::-1], max_size=5 * args.size // 3,
                  rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(anchors, ratios),
-                 box_batch_size_per_image=preset["regions"])
+                 **preset["limits"])
     if data.has_masks:  # torchvision's heads, as wide as the pyramid
         heads = detection.mask_rcnn
         model.roi_heads.mask_head = heads.MaskRCNNHeads(dim, 4 * [dim], 1)

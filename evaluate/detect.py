@@ -44,12 +44,12 @@ prepare = open_objects
 # smallest: the short side in training, as a share of --size. warmup, drops: shares of the steps; at
 # a drop the rate is divided by 10. dim: the pyramid's width. anchor: side of the smallest, pixels.
 # limits: what else torchvision's detectors are told.
-VOC = dict(steps=24_000, lr=0.05, warmup=1 / 24, drops=[3 / 4, 11 / 12], smallest=0.6, dim=256,
-           anchor=32, limits=dict(rpn_post_nms_top_n_train=1000))
-COCO = VOC | dict(steps=90_000, lr=0.04, warmup=5 / 9000, drops=[6 / 9, 8 / 9], smallest=0.8)
+WIDE = dict(dim=256, anchor=32, limits=dict(rpn_post_nms_top_n_train=1000))
 FEW = dict(box_batch_size_per_image=16, rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=100)
-SHAPES = dict(steps=500, lr=0.02, warmup=0.1, drops=[6 / 9, 8 / 9], smallest=1.0, dim=64, anchor=16,
-              limits=FEW)
+NARROW = dict(dim=64, anchor=16, limits=FEW)
+VOC = WIDE | dict(smallest=0.6, steps=24_000, lr=0.05, warmup=1 / 24, drops=[3 / 4, 11 / 12])
+COCO = WIDE | dict(smallest=0.8, steps=90_000, lr=0.04, warmup=5 / 9000, drops=[2 / 3, 8 / 9])
+SHAPES = NARROW | dict(smallest=1.0, steps=500, lr=0.02, warmup=0.1, drops=[2 / 3, 8 / 9])
 PRESETS = dict(voc=VOC, coco=COCO, yolo=VOC, shapes=SHAPES)
 
 
@@ -89,7 +89,8 @@ def build(backbone, data, args):
     pyramid = Pyramid(backbone, dim, args.bf16)
     anchors = [sides] if pyramid.levels == 1 else [[side] for side in sides]
     ratios = len(anchors) * [(0.5, 1.0, 2.0)]
-    sizes = list(range(args.size, int(preset["smallest"] * args.size) - 1, -32))
+    smallest = int(preset["smallest"] * args.size)
+    sizes = list(range(args.size, smallest - 1, -32))
     classes = 1 + len(data.classes)  # with the ground
     kind = detection.MaskRCNN if data.has_masks else detection.FasterRCNN
     model = kind(pyramid, classes, min_size=sizes[::-1], max_size=5 * args.size // 3,
@@ -115,7 +116,8 @@ class Mirrored(torch.utils.data.Dataset):
         target = {name: values[kept] for name, values in target.items()}
         if np.random.default_rng(key).random() < 0.5:
             image = image.flip(2)
-            target["boxes"][:, [2, 0]] = image.shape[2] - target["boxes"][:, [0, 2]]
+            boxes = target["boxes"]
+            boxes[:, [2, 0]] = image.shape[2] - boxes[:, [0, 2]]
             if "masks" in target:
                 target["masks"] = target["masks"].flip(2)
         return image, target
@@ -156,8 +158,9 @@ def fine_tune(backbone, data, args):
     loader = training.data_loader(Mirrored(data), args.workers, batch_sampler=order,
                                   collate_fn=list)
     for step, pairs in enumerate(progress(loader, args.steps, f"{args.steps} steps")):
+        factor = schedule(step / args.steps, preset["warmup"], preset["drops"])
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(step / args.steps, preset["warmup"], preset["drops"])
+            group["lr"] = args.lr * factor
         images = [image.to(args.device).float() / 255 for image, _ in pairs]
         targets = [moved(target, args.device) for _, target in pairs]
         loss = sum(ddp(images, targets).values())
@@ -174,14 +177,18 @@ def fine_tune(backbone, data, args):
 @torch.no_grad()
 def measure(model, data, args):
     """AP in % of boxes, and of masks where the data has them."""
-    judged = {kind: [] for kind in ("boxes", "masks")[: 1 + data.has_masks]}
+    judged = {"boxes": []}
+    if data.has_masks:
+        judged["masks"] = []
     rank, world = training.rank_and_world()
-    first, behind = [len(data) * i // world for i in (rank, rank + 1)]
-    part = training.data_loader(data, args.workers, batch_size=None, sampler=range(first, behind))
-    for image, truth in progress(part, behind - first, "validation images"):
-        (found,) = model([image.to(args.device).float() / 255])
+    order = torch.arange(len(data)).tensor_split(world)[rank].tolist()
+    loader = training.data_loader(data, args.workers, batch_size=None, sampler=order)
+    for image, truth in progress(loader, len(order), "validation images"):
+        image = image.to(args.device).float() / 255
+        (found,) = model([image])
+        found = moved(found, "cpu")
         for kind, results in judged.items():
-            results.append(judge(kind, moved(found, "cpu"), truth))
+            results.append(judge(kind, found, truth))
     return {kind: table(results, args.device) for kind, results in judged.items()}
 
 
@@ -196,7 +203,7 @@ def run(backbone, data, args):
     train, val = data
     model = fine_tune(backbone, train, args)
     if args.checkpoint != "random" and training.rank_and_world()[0] == 0:
-        settings = {name: getattr(args, name) for name in ("arch", "data", "size", "bf16")}
+        settings = dict(arch=args.arch, data=args.data, size=args.size, bf16=args.bf16)
         state = dict(model=backbone.state_dict(), detector=model.state_dict(), args=settings)
         training.write(kept_detector(args.checkpoint), lambda file: torch.save(state, file))
     return measure(model, val, args)

@@ -16,29 +16,35 @@ from evaluate.features import concatenated
 
 IOUS = torch.from_numpy(np.linspace(0.5, 0.95, 10))
 RECALLS = np.linspace(0, 1, 101)
-RANGES = [(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)]  # of areas: all, small, ...
-SHAPE = (len(RANGES), len(IOUS))  # A, T
+LOWEST = torch.tensor([0, 0, 32**2, 96**2])[:, None]  # areas: all, small, medium, large
+HIGHEST = torch.tensor([1e10, 32**2, 96**2, 1e10])[:, None]
+A = len(LOWEST)
+T = len(IOUS)
+EMPTY = [0, 0, (0, A, T), 0, (0, A)]  # shapes of what judge() returns of no image
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def overlaps(kind, found, truth):
     """Boxes (n, 4), (G, 4), as (x0, y0, x1, y1), or masks (n, 1, H0, W0), (G, H0, W0) -> their
-    areas (n, 1), (G,), and those of intersections (n, G). A rounded IoU could miss a threshold."""
+    areas (n,), (G,), and those of intersections (n, G). A rounded IoU could miss a threshold."""
     if kind == "masks":
-        found = (found.flatten(1) >= 0.5).float()  # (n, H0 W0), of probabilities
-        truth = truth.flatten(1).float()
+        found = found.flatten(1) >= 0.5  # (n, H0 W0), of probabilities
+        found = found.double()
+        truth = truth.flatten(1).double()
         both = found @ truth.T  # (n, H0 W0) (H0 W0, G) -> (n, G)
-        return found.sum(1, keepdim=True).double(), truth.sum(1), both
-    found = found[:, None].double()  # (n, 1, 4)
-    low = torch.maximum(found[..., :2], truth[:, :2])  # (n, G, 2)
-    high = torch.minimum(found[..., 2:], truth[:, 2:])
-    both = (high - low).clamp(min=0).prod(2)  # (n, G)
-    areas = (found[..., 2:] - found[..., :2]).prod(2)  # (n, 1)
-    return areas, box_area(truth), both
+        return found.sum(1), truth.sum(1), both
+    found = found.double()
+    pairs = found[:, None]  # (n, 1, 4)
+    low, _ = torch.maximum(pairs, truth).chunk(2, 2)  # (n, G, 2): corners of the intersections
+    _, high = torch.minimum(pairs, truth).chunk(2, 2)
+    sides = high - low
+    both = sides.clamp(min=0).prod(2)
+    return box_area(found), box_area(truth), both
 
 
 def out_of_range(areas):
     """Whether areas (n,) are out of the ranges: (A, n)."""
-    return torch.stack([(areas < low) | (areas > high) for low, high in RANGES])
+    return (areas < LOWEST) | (areas > HIGHEST)
 
 
 def judge(kind, found, truth):
@@ -51,52 +57,69 @@ def judge(kind, found, truth):
     truth = {name: x.flip(0) for name, x in truth.items()}  # of equals, COCO takes the last
     areas, true_areas, both = overlaps(kind, found[kind], truth[kind])
     crowd = truth["crowd"]
-    union = torch.where(crowd, areas, areas + true_areas - both)
+    outside = out_of_range(areas).T  # (n, A)
+    areas = areas[:, None]
+    union = areas + true_areas - both
+    union = torch.where(crowd, areas, union)
     same = found["labels"][:, None] == truth["labels"]  # (n, G)
     iou = torch.where(same, both / union, -1.0)
 
-    ignored = truth["ignored"] | crowd
-    counts = ~(out_of_range(truth["areas"]) | ignored)[:, None]  # (A, 1, G)
-    free = torch.ones(*SHAPE, len(crowd), dtype=torch.bool)  # (A, T, G)
-    outside = out_of_range(areas[:, 0]).T  # (n, A)
-    verdicts = -outside[..., None].float().repeat(1, 1, len(IOUS))
-    for i in (iou >= IOUS[0]).any(1).nonzero().flatten():
+    ignored = truth["ignored"] | crowd  # (G,)
+    counted = ~(ignored | out_of_range(truth["areas"]))  # (A, G)
+    verdicts = torch.where(outside, -1.0, 0.0)
+    verdicts = verdicts[:, :, None].repeat(1, 1, T)
+    free = torch.ones(A, T, len(crowd)).bool()
+    matching = (iou >= IOUS[0]).any(1)  # (n,)
+    for i in matching.nonzero().flatten():
         fits = free & (iou[i] >= IOUS[:, None])  # (A, T, G)
-        wanted = torch.where(fits, iou[i] + counts, -1)  # those that count come first
-        taken = F.one_hot(wanted.argmax(2), len(crowd)).bool() & fits
+        wanted = iou[i] + counted[:, None]  # (A, 1, G): those that count come first
+        wanted = torch.where(fits, wanted, -1)
+        best = wanted.argmax(2)  # (A, T)
+        taken = F.one_hot(best, len(crowd)).bool() & fits
+        right = taken & counted[:, None]
         free &= ~taken | crowd  # a crowd takes any number
         verdicts[i, taken.any(2)] = -1
-        verdicts[i, (taken & counts).any(2)] = 1
-    return found["scores"], found["labels"], verdicts, truth["labels"], counts[:, 0].T.long()
+        verdicts[i, right.any(2)] = 1
+    counts = counted.T.float()
+    return found["scores"], found["labels"], verdicts, truth["labels"], counts
 
 
 def average_precision(verdicts, count):
     """Verdicts (n, A, T), the best score first, and how many objects count (A,) -> AP (A, T): over
     101 recalls, the mean of the highest precision at it or a higher one; NaN without objects."""
-    verdicts = F.pad(verdicts, (0, 0, 0, 0, 1, 0), value=-1)  # at first nothing is found
+    nothing = -torch.ones(1, A, T)  # found yet
+    verdicts = torch.cat([nothing, verdicts])
     right = (verdicts == 1).cumsum(0).double()
     wrong = (verdicts == 0).cumsum(0)
-    precision = right / (right + wrong).clamp(min=1)
+    seen = right + wrong
+    precision = right / seen.clamp(min=1)
     recall = right / count[:, None]
-    highest = [precision.where(recall >= wanted, 0).amax(0) for wanted in RECALLS]  # (A, T) each
-    return torch.stack(highest).mean(0).masked_fill(count[:, None] == 0, math.nan)
+    highest = []
+    for wanted in RECALLS:
+        reached = precision.where(recall >= wanted, 0)
+        highest.append(reached.amax(0))
+    ap = torch.stack(highest).mean(0)  # (101, A, T) -> (A, T)
+    absent = count == 0
+    return ap.masked_fill(absent[:, None], math.nan)
 
 
 def table(judged, device):
     """Each process's list of what judge() returns, in the order of the images -> {column: %}, None
     where no object is of that size. A collective of all processes."""
-    none = torch.zeros(0)
-    judged = [(none, none, none.view(0, *SHAPE), none, none.view(0, len(RANGES))), *judged]
-    parts = [torch.cat(column).to(device) for column in zip(*judged)]
-    scores, labels, verdicts, true_labels, counts = [concatenated(x).cpu() for x in parts]
+    empty = [torch.zeros(shape) for shape in EMPTY]  # for a process without images
+    columns = [torch.cat(column) for column in zip(empty, *judged)]
+    columns = [concatenated(column.to(device)).cpu() for column in columns]
+    scores, labels, verdicts, true_labels, counts = columns
     order = scores.argsort(descending=True, stable=True)
-    aps = [torch.full(SHAPE, math.nan)]
+    labels = labels[order]
+    verdicts = verdicts[order]
+    aps = [torch.full((A, T), math.nan)]
     for c in true_labels.unique():
-        of_class = order[labels[order] == c]
+        of_class = verdicts[labels == c]
         count = counts[true_labels == c].sum(0)
-        aps.append(average_precision(verdicts[of_class], count))
+        aps.append(average_precision(of_class, count))
     ap = 100 * torch.stack(aps).nanmean(0)  # (A, T)
-    mean, small, medium, large = ap.mean(1)
-    ap_50, ap_75 = ap[0, [0, 5]]
-    columns = dict(AP=mean, AP50=ap_50, AP75=ap_75, APs=small, APm=medium, APl=large)
-    return {name: None if x.isnan() else x.item() for name, x in columns.items()}
+    mean, *of_sizes = ap.mean(1)
+    values = [mean, ap[0, 0], ap[0, 5], *of_sizes]
+    values = [None if x.isnan() else x.item() for x in values]
+    return dict(zip(COLUMNS, values))

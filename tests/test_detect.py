@@ -110,7 +110,7 @@ def test_two_processes_find_the_same_as_one():
 
 def test_average_precision_by_hand():
     """Two objects; right, wrong, right: precision 1 to a recall of 0.5, then 2/3."""
-    verdicts = torch.tensor([1.0, 0, 1])[:, None, None].expand(3, *detection.SHAPE)
+    verdicts = torch.tensor([1.0, 0, 1])[:, None, None].expand(3, detection.A, detection.T)
     ap = detection.average_precision(verdicts, torch.full((4,), 2.0, dtype=torch.double))
     assert ap == pytest.approx(np.full((4, 10), (51 + 50 * 2 / 3) / 101))
     nothing = detection.average_precision(verdicts, torch.zeros(4, dtype=torch.double))

@@ -520,7 +520,7 @@ def test_smoothed_curves(figure, tmp_path):
     ("matches --checkpoint run --data broken", "mend or remove it"),
     ("matches", "--checkpoint is missing: a run folder"),
     ("matches --checkpoint random", "--arch"),
-    ("detections --checkpoint run", "python -m evaluate detect --checkpoint run"),
+    ("detections --checkpoint run", "`python -m evaluate detect` leaves it there"),
     ("detections --checkpoint random", "no detector.pt"),
     ("detections", "--checkpoint is missing"),
     ("matches --checkpoint random --arch tiny_convnet --size 99999", "--size 99999"),

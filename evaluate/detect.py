@@ -205,5 +205,8 @@ def run(backbone, data, args):
     if args.checkpoint != "random" and training.rank_and_world()[0] == 0:
         settings = dict(arch=args.arch, data=args.data, size=args.size, bf16=args.bf16)
         state = dict(model=backbone.state_dict(), detector=model.state_dict(), args=settings)
-        training.write(kept_detector(args.checkpoint), lambda file: torch.save(state, file))
+        try:
+            training.write(kept_detector(args.checkpoint), lambda file: torch.save(state, file))
+        except common.UserError as error:
+            training.warn(error)  # the result is worth more
     return measure(model, val, args)

@@ -26,13 +26,14 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 def overlaps(kind, found, truth):
     """Boxes (n, 4), (G, 4), as (x0, y0, x1, y1), or masks (n, 1, H0, W0), (G, H0, W0) -> their
-    areas (n,), (G,), and those of intersections (n, G). A rounded IoU could miss a threshold."""
+    areas (n,), (G,), and those of intersections (n, G). float64: a rounded IoU could miss a
+    threshold."""
     if kind == "masks":
         found = found.flatten(1) >= 0.5  # (n, H0 W0), of probabilities
-        found = found.double()
-        truth = truth.flatten(1).double()
+        found = found.float()
+        truth = truth.flatten(1).float()
         both = found @ truth.T  # (n, H0 W0) (H0 W0, G) -> (n, G)
-        return found.sum(1), truth.sum(1), both
+        return found.sum(1).double(), truth.sum(1), both
     found = found.double()
     pairs = found[:, None]  # (n, 1, 4)
     low, _ = torch.maximum(pairs, truth).chunk(2, 2)  # (n, G, 2): corners of the intersections

@@ -424,6 +424,14 @@ def test_command(tmp_path, monkeypatch, capsys):
     model.load_state_dict(kept["detector"])
 
 
+def test_a_detector_that_cannot_be_kept_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(detect, "fine_tune", lambda backbone, data, args: backbone)
+    monkeypatch.setattr(detect, "measure", lambda *args: {"boxes": {"AP": 1.0}})
+    args = settings(checkpoint=str(tmp_path / "nowhere" / "backbone.pt"), arch="tiny_convnet")
+    assert detect.run(torch.nn.Linear(1, 1), (None, None), args) == {"boxes": {"AP": 1.0}}
+    assert "cannot write" in capsys.readouterr().err
+
+
 def _trained(rank, world):
     backbone = common.build_backbone("tiny_convnet")
     torch.manual_seed(0)

@@ -9,8 +9,8 @@
 VICReg, VICRegL, DINO or CrIBo, or `random`: the untrained network. The result is appended to
 PROTOCOL.jsonl beside the checkpoint: a line of JSON with title, rows and settings.
 
---data: as in training. Masks (segment, retrieve), 8-bit PNGs of class ids, 255 = void, come with
-shapes, voc, a folder of train/images, train/masks, val/images, val/masks, or ADE20K's folder.
+--data: as in training. Masks (segment, retrieve, clusters), 8-bit PNGs of class ids, 255 is void,
+come with shapes, voc, a folder of train/images, train/masks, val/images, val/masks, or ADE20K's.
 """
 import argparse
 import contextlib
@@ -24,11 +24,23 @@ import torch
 
 import common
 import training
-from evaluate import bag, correspond, detect, export, fewshot, knn, linear, retrieve, segment
+from evaluate import (
+    bag,
+    clusters,
+    correspond,
+    detect,
+    export,
+    fewshot,
+    knn,
+    linear,
+    retrieve,
+    segment,
+)
 from evaluate.features import add_flags, load, say, untrained
 
 PROTOCOLS = dict(features=export, knn=knn, linear=linear, fewshot=fewshot, segment=segment,
-                 retrieve=retrieve, correspond=correspond, bag=bag, detect=detect)
+                 retrieve=retrieve, clusters=clusters, correspond=correspond, bag=bag,
+                 detect=detect)
 LOWEST = dict(workers=0, lr=0, patch_scale=0.001, void=0, labels=0)  # of all other numbers: 1
 HIGHEST = dict(workers=1024, size=4096, patch_scale=1, void=255)
 

@@ -19,7 +19,19 @@ import common
 import shapes
 import training
 from evaluate import __main__ as command
-from evaluate import bag, correspond, export, features, fewshot, heads, knn, linear, masks, retrieve
+from evaluate import (
+    bag,
+    clusters,
+    correspond,
+    export,
+    features,
+    fewshot,
+    heads,
+    knn,
+    linear,
+    masks,
+    retrieve,
+)
 from evaluate import segment as segmentation
 
 CPU = torch.device("cpu")
@@ -315,6 +327,7 @@ def test_why_labels_are_missing(classes, monkeypatch, capsys, rename, words):
     ("bag --patch-scale 1.5", "--patch-scale 1.5"), ("bag --patch-scale 0", "--patch-scale 0"),
     ("retrieve --subsample 0", "--subsample 0"), ("retrieve --subsample 8 -1", "--subsample -1"),
     ("retrieve --chunk 0", "--chunk 0"), ("retrieve --runs 0", "--runs 0"),
+    ("clusters --num-objects 0", "--num-objects 0"), ("clusters --images 0", "--images 0"),
     ("segment --steps 0", "--steps 0"), ("segment --size 0", "--size 0"),
     ("linear --epochs 0", "--epochs 0"), ("linear --lr -1", "--lr -1"),
     ("linear --lr nan", "--lr nan"), ("knn --workers -1", "--workers -1"),
@@ -335,6 +348,7 @@ def test_flags_that_cannot_be(monkeypatch, capsys, flags, words):
     ("linear --finetune --labels 0.1 --epochs 1 --batch-size 4", 60, "top-1"),
     ("fewshot", 300, "accuracy"), ("segment --steps 2", 20, "mIoU"),
     ("retrieve --subsample 1 4 --runs 2", 8, "patch mIoU"), ("correspond", 20, "flip"),
+    ("clusters --num-objects 3", 6, "features and places"),
     ("bag --bags 1 4 --epochs 1 --batch-size 16", 60, "20-NN"),
 ])
 def test_every_protocol_on_shapes(tmp_path, monkeypatch, capsys, line, length, column):
@@ -757,6 +771,31 @@ def test_deviation_over_draws(bands, monkeypatch):
     assert found["1/2 of the images"]["std over draws"] == pytest.approx(700**0.5)  # n - 1 = 2
 
 
+# --- clusters -------------------------------------------------------------------------------------
+
+def test_pure_pixels():
+    cluster = torch.tensor([[0, 0, 0, 1], [1, 1, 2, 2]])
+    mask = torch.tensor([[3, 3, 0, 1], [1, -1, -1, -1]])
+    # Two of cluster 0 in class 3, both of cluster 1 in class 1; cluster 2 has only void.
+    assert clusters.pure_pixels(cluster, mask, 4, 5).tolist() == [4, 5]
+
+
+def test_positions_of_the_mirror_image():
+    positions = clusters.mirrored_positions(2, 3, CPU).view(2, 2, 3, 2)
+    assert positions[0].tolist() == [[[0, 0], [0, 1], [0, 2]], [[1, 0], [1, 1], [1, 2]]]
+    assert positions[1].tolist() == [[[0, 2], [0, 1], [0, 0]], [[1, 2], [1, 1], [1, 0]]]
+
+
+def test_clusters_of_features_that_know_the_classes_are_pure(bands):
+    data = open_bands(bands)
+    args = settings(num_objects=12, images=5, run={})
+    knows = clusters.run(Oracle(), data, args)[""]
+    knows_not = clusters.run(Noise(), data, args)[""]
+    assert knows["features"] > 90 and knows_not["features"] < knows["features"] - 20
+    args = settings(num_objects=None, images=5, run=dict(num_objects=12, pos_weight=0.0))
+    assert clusters.run(Oracle(), data, args)[""] == dict.fromkeys(knows, knows["features"])
+
+
 # --- matches --------------------------------------------------------------------------------------
 
 class Pixels(Oracle):
@@ -887,6 +926,7 @@ def _protocols(rank, world, classes, bands):
         "cached": linear.run(Means(), data, settings(size=16, augment=False, lr=[10])),
         "segment": segmentation.run(Conv(), pairs, settings()),
         "retrieve": retrieve.run(Conv(), pairs, settings(), k=3),
+        "clusters": clusters.run(Conv(), pairs, settings(num_objects=3, images=5, run={})),
         "correspond": correspond.run(Conv(), pairs[1].images, settings(), batch_size=2),
         "bag": bag.run(Conv(), data, settings(checkpoint="random", bags=[1, 4], patch_scale=[0.25],
                                               size=16, lr=[10], linear=True)),
@@ -906,7 +946,7 @@ def test_two_processes_find_the_same_as_one(tmp_path, classes, bands):
         for name in ("linear", "cached", "segment", "correspond"):
             for row in one[name]:
                 assert two[name][row] == pytest.approx(one[name][row], abs=0.2), (name, row)
-        for name in ("knn", "retrieve", "fewshot", "concatenated"):
+        for name in ("knn", "retrieve", "clusters", "fewshot", "concatenated"):
             assert two[name] == one[name]
         for row in one["bag"]:
             assert two["bag"][row]["20-NN"] == one["bag"][row]["20-NN"]

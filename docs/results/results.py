@@ -2,12 +2,15 @@
 
     python docs/results/results.py run [NAME ...]   # trains and evaluates what is missing; resumes
     python docs/results/results.py collect          # copies commands, logs, evaluations here
-    python docs/results/results.py table            # writes the table to docs/results.md
+    python docs/results/results.py photographs      # k-NN of the runs on photographs, by epoch
+    python docs/results/results.py table            # writes the tables to docs/results.md, a figure
 
 A run's last step evaluates it, and the network that it started from, by k-NN and by its paper's
 own protocol: so a run is one command.
 """
 
+import argparse
+import functools
 import json
 import os
 import platform
@@ -18,9 +21,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import training  # noqa: E402
+import weights  # noqa: E402
+from evaluate import knn  # noqa: E402
+from evaluate.features import center_view  # noqa: E402
+
 RUNS, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
 SEEDS = 0, 1, 2
 UNTRAINED = "random initialisation"
@@ -36,13 +48,28 @@ TRAINING = {  # name: what the table calls it, its command
     "cribo-image": ("images alone: DINO", "cribo.py --no-object --no-cross-image"),
     "bagssl": ("BagSSL", "bagssl.py"),
 }
+CLAIMS = {  # a method's own protocol
+    "vicreg.py": [],
+    "vicregl.py": ["correspond"],
+    "lc_loss.py": ["correspond"],
+    "cribo.py": ["clusters"],
+    "bagssl.py": ["bag"],
+}
+PHOTOGRAPHS = {  # on Imagenette (160 pixels), in $DATA: what the table calls a run, its command
+    "supervised": ("supervised", "docs/results/supervised.py --epochs 12"),
+    "vicreg": ("VICReg", "vicreg.py --recipe shapes --epochs 12"),
+    "vicregl": ("VICRegL", "vicregl.py --recipe shapes --epochs 12"),
+    "lc_loss": ("LC-loss", "lc_loss.py --recipe shapes --epochs 10"),
+    "cribo": ("CrIBo", "cribo.py --recipe shapes --epochs 10 --bank-images 1000"),
+    "bagssl": ("BagSSL", "bagssl.py --recipe shapes --epochs 12"),
+}
 COLUMNS = {  # title: of which protocol, row (the run's own are the first), column
     "untrained": ("knn", UNTRAINED, "20-NN"),
     "k-NN": ("knn", "", "20-NN"),
     "found, untrained": ("correspond", UNTRAINED, "flip"),
     "found": ("correspond", "", "flip"),
-    "retrieved, untrained": ("retrieve", UNTRAINED, "pixel mIoU"),
-    "retrieved": ("retrieve", "", "pixel mIoU"),
+    "purity, untrained": ("clusters", UNTRAINED, "features"),
+    "purity": ("clusters", "", "features"),
     "centre patch": ("bag", "bag of 1", "20-NN"),
     "bag of 16": ("bag", "bag of 16", "20-NN"),
 }
@@ -55,10 +82,8 @@ def train_command(name, seed):
 
 def protocols(name):
     """What a run of this method ends with."""
-    text = (ROOT / TRAINING[name][1].split()[0]).read_text()
-    (finish,) = [line for line in text.splitlines() if "run.finish(" in line]
-    finish = finish.split("figure=")[0]
-    return [words.split()[0] for words in finish.split('"')[1::2]]
+    script = TRAINING[name][1].split()[0]
+    return ["knn", *CLAIMS[script]]
 
 
 def is_done(name, seed):
@@ -77,15 +102,19 @@ def run(*names):
                 subprocess.run(words, cwd=ROOT, env=env, check=True)
 
 
-def collect():
+def circumstances():
     revision = ["git", "rev-parse", "--short", "HEAD"]
-    about = dict(
+    return dict(
         revision=subprocess.check_output(revision, cwd=ROOT, text=True).strip(),
         torch=torch.__version__,
         python=platform.python_version(),
         machine=machine(),
         threads=1,
     )
+
+
+def collect():
+    about = circumstances()
     for name in TRAINING:
         for seed in SEEDS:
             source, place = RUNS / f"{name}-s{seed}", KEPT / name / f"seed{seed}"
@@ -102,6 +131,76 @@ def machine():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     return f"{models[0]}, {len(models)} cores"
+
+
+def in_memory(name, size):
+    """The parts of a folder of images as their central squares, decoded once for all networks."""
+    parts = []
+    for split in ("train", "val"):
+        data = common.open_data(name, split)
+        views = common.Views(data, functools.partial(center_view, size=size), seed=0)
+        pixels = np.stack([views[0, i].views[0].permute(1, 2, 0).numpy() for i in range(len(data))])
+        parts.append(common.Images(pixels, data.labels, data.classes))
+    return parts
+
+
+def photographs():
+    """Measures every kept backbone of runs/imagenette, and the network that it started from."""
+    args = argparse.Namespace(device=torch.device("cpu"), bf16=training.has_bf16(), workers=0)
+    data = {}
+    for name, (_, command) in PHOTOGRAPHS.items():
+        folder = ROOT / "runs" / "imagenette" / name
+        place = KEPT / "imagenette" / f"{name}.json"
+        if place.exists() or not (folder / "knn.jsonl").exists():
+            continue
+        run = torch.load(folder / "last.pt", weights_only=True)["args"]
+        args.size = run["size"]
+        if args.size not in data:
+            data[args.size] = in_memory(run["data"], args.size)
+        torch.manual_seed(run["seed"])
+        backbones = {0: common.build_backbone(run["arch"], args.size)}
+        for epoch in range(1, run["epochs"] + 1):
+            path = folder / f"backbone-{epoch}.pt"
+            backbones[epoch] = weights.load_backbone(path, run["arch"])
+        curve = {}
+        for epoch, backbone in backbones.items():
+            curve[epoch] = knn.run(backbone, data[args.size], args)[""]["20-NN"]
+        place.parent.mkdir(exist_ok=True)
+        command = f"python {command} --data imagenette160 --keep-every 1"
+        result = dict(command=command, **circumstances(), minutes=minutes([folder]), curve=curve)
+        place.write_text(json.dumps(result) + "\n")
+        print(name, curve, flush=True)
+
+
+def photographs_table():
+    lines = [["", "command", "epochs", "minutes", "k-NN"], 5 * ["---"]]
+    for name, (label, command) in PHOTOGRAPHS.items():
+        place = KEPT / "imagenette" / f"{name}.json"
+        if place.exists():
+            result = json.loads(place.read_text())
+            *_, (epoch, accuracy) = result["curve"].items()
+            lines.append([label, f"`{command}`", epoch, result["minutes"], f"{accuracy:.1f}"])
+    return lines
+
+
+def draw_photographs(path):
+    """The curves of all methods, k-NN over epochs."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, ax = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    for name, (label, _) in PHOTOGRAPHS.items():
+        place = KEPT / "imagenette" / f"{name}.json"
+        if place.exists():
+            curve = json.loads(place.read_text())["curve"]
+            style = "--" if name == "supervised" else "-"
+            epochs = [int(epoch) for epoch in curve]
+            ax.plot(epochs, list(curve.values()), style, label=label)
+    ax.set(xlabel="epoch", ylabel="k-NN accuracy in %", title="Imagenette at 64 pixels")
+    ax.grid(alpha=0.3)
+    ax.legend(ncols=2)
+    figure.savefig(path, dpi=110)
 
 
 def numbers(places, file, row, column):
@@ -137,15 +236,21 @@ def table():
         if places:
             cells = [cell(numbers(places, *where)) for where in COLUMNS.values()]
             lines.append([label, f"`{command}`", *cells, minutes(places), str(len(places))])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return lines
 
 
-def write_table():
+def write_tables():
     path = ROOT / "docs" / "results.md"
-    before, rest = path.read_text().split("<!-- results -->\n")
-    after = rest.split("<!-- end -->", 1)[1]
-    path.write_text(f"{before}<!-- results -->\n{table()}<!-- end -->{after}")
+    text = path.read_text()
+    for mark, lines in (("results", table()), ("photographs", photographs_table())):
+        before, rest = text.split(f"<!-- {mark} -->\n")
+        after = rest.split("<!-- end -->", 1)[1]
+        rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        text = f"{before}<!-- {mark} -->\n{rows}<!-- end -->{after}"
+    path.write_text(text)
+    draw_photographs(ROOT / "docs" / "imagenette.png")
 
 
 if __name__ == "__main__":
-    {"run": run, "collect": collect, "table": write_table}[sys.argv[1]](*sys.argv[2:])
+    commands = {"run": run, "collect": collect, "photographs": photographs, "table": write_tables}
+    commands[sys.argv[1]](*sys.argv[2:])

@@ -6,6 +6,7 @@
     python visualize.py heatmap --checkpoint runs/bagssl-shapes --query 0.3 0.6  # BagSSL, Fig. 6
     python visualize.py neighbors --checkpoint runs/bagssl-shapes --scale 0.2    # BagSSL, Fig. 7
     python visualize.py views --method vicregl --views multicrop       # crops, colours, positions
+    python visualize.py detections --checkpoint runs/lc_loss-shapes    # after `evaluate detect`
     python visualize.py curves runs/vicreg-shapes runs/vicregl-shapes  # what runs have logged
 
 --checkpoint is as for `python -m evaluate`; images are those of the validation part of --data.
@@ -31,7 +32,9 @@ import cribo
 import lc_loss
 import training
 import vicregl
+import weights
 from common import Photometric, UserError, Views, grid_of, normalize
+from evaluate import detect
 from evaluate.__main__ import Parser, check
 from evaluate.bag import load_projector
 from evaluate.correspond import transformed
@@ -55,6 +58,7 @@ RIGHT = dict(color="#0072B2", linestyle="solid")
 WRONG = dict(color="#D55E00", linestyle="dashed")
 LINE = dict(linewidth=2, path_effects=[withStroke(linewidth=3.5, foreground="white")])
 CIRCLE = dict(boxstyle="circle,pad=0.15", facecolor="white")
+SIGN = dict(boxstyle="round,pad=0.1", facecolor="white", alpha=0.7, edgecolor="none")
 
 
 def panels(rows, columns, height=1.1, width=1.0):
@@ -84,10 +88,10 @@ def outline(ax, box, style, label=None):
                            **LINE, **style))
 
 
-def mark(ax, point, number):
-    """A number in a circle at a point of the axes, above all else in the figure."""
+def mark(ax, point, text, box=CIRCLE):
+    """A number in a circle, or a text, at a point of the axes, above all else in the figure."""
     y, x = point.tolist()
-    ax.figure.text(x, y, number, transform=ax.transData, bbox=CIRCLE, fontsize=7, ha="center",
+    ax.figure.text(x, y, text, transform=ax.transData, bbox=box, fontsize=7, ha="center",
                    va="center_baseline")
 
 
@@ -223,7 +227,8 @@ def correspond(args, data, backbone, lines=15):
         f_c, f_sc = F.normalize(maps, dim=2)  # (N, D) each
         similarity = f_c @ f_sc.T  # (N, D) (D, N) -> (N, N)
         found = at[similarity.argmax(1)]  # (N, 2)
-        right = ((found - truths[i]).abs() <= 0.5 / grid).all(1)  # (N,)
+        offset = (found - truths[i]).abs()
+        right = (offset <= 0.5 / grid).all(1)  # (N,)
         inside = valid[i].nonzero().flatten()  # (n,)
         shown = inside[torch.randperm(len(inside))[:lines]]
         pictures = visible(x)
@@ -264,12 +269,6 @@ def objects(args, data, backbone, batch_size=32):
     bank.push(c_1[m:], c_2[m:])
     nearest, _, closed, _ = cribo.cycle_consistent_matches(c_1[:m], c_2[:m], bank)
 
-    def lone(o):
-        """The first view of object o, all else faded."""
-        view = batch.views[0][owners[o]]
-        faded = 192 + view // 4
-        return torch.where(masks[o, 0], view, faded)
-
     own = (owners == 0).sum().item()
     figure, axes = panels(own // 2 + 1, 4)
     pairs = axes.reshape(-1, 2)
@@ -280,15 +279,17 @@ def objects(args, data, backbone, batch_size=32):
         show(ax, painted, f"view {v + 1}")
         for o in range(own):
             inside = masks[o, v].nonzero() / args.size  # (n, 2)
-            middle = (inside - inside.mean(0)).norm(dim=1).argmin()
+            offset = inside - inside.mean(0)
+            middle = offset.norm(dim=1).argmin()
             mark(ax, inside[middle], o + 1)
     for o in range(own):
-        left, right = pairs[1 + o]
-        show(left, lone(o), f"object {o + 1}")
-        show(right, lone(m + nearest[o]), "its nearest")
         style = RIGHT if closed[o] else WRONG
-        outline(left, (0, 0, 1, 1), style)
-        outline(right, (0, 0, 1, 1), style)
+        shown = {f"object {o + 1}": o, "its nearest": m + nearest[o]}
+        for ax, (title, i) in zip(pairs[1 + o], shown.items()):
+            view = batch.views[0][owners[i]]
+            faded = 192 + view // 4
+            show(ax, torch.where(masks[i, 0], view, faded), title)
+            outline(ax, (0, 0, 1, 1), style)
     return figure
 
 
@@ -381,6 +382,44 @@ def views(args, data, _):
     return figure
 
 
+def show_objects(ax, image, objects, classes, right):
+    """An image (3, H0, W0) and n objects, as a detector returns them or is told them: boxes, masks
+    if any, classes, scores if any. right (n,): above 0 where they are drawn as right."""
+    styles = [RIGHT if ok > 0 else WRONG for ok in right]
+    height, width = image.shape[1:]
+    if "masks" in objects and styles:
+        masks = objects["masks"].view(-1, height, width) >= 0.5
+        colours = [style["color"] for style in styles]
+        image = draw_segmentation_masks(image, masks, 0.4, colours)
+    show(ax, image, "", width, height)
+    for i, style in enumerate(styles):
+        x0, y0, x1, y1 = objects["boxes"][i]
+        outline(ax, (y0, x0, y1 - y0, x1 - x0), style)
+        text = str(classes[objects["labels"][i] - 1])
+        if "scores" in objects:
+            text += f" {objects['scores'][i]:.0%}"
+        top = torch.stack([y0, (x0 + x1) / 2])
+        mark(ax, top, text, SIGN)
+
+
+def detections(args, data, backbone, least=0.5):
+    """The objects in four images, and below them what the detector of `evaluate detect` finds with
+    a score of `least` or more: in blue what AP50 counts as right, else in orange, dashed."""
+    detector = detect.build(backbone, data, args).to(args.device).eval()
+    detector.load_state_dict(weights.read_checkpoint(args.checkpoint)["detector"])
+    figure, axes = panels(2, 4)
+    indices = image_and_others(args, data, 3)
+    for index, (above, below) in zip(indices, axes.T):
+        image, truth = data[index]
+        (found,) = detector([image.to(args.device) / 255])
+        kept = found["scores"] >= least
+        found = {name: x[kept].cpu() for name, x in found.items()}
+        _, _, verdicts, *_ = detect.judge("boxes", found, truth)
+        show_objects(above, image, truth, data.classes, truth["labels"])
+        show_objects(below, image, found, data.classes, verdicts[:, 0, 0])  # of all sizes, AP50
+    return figure
+
+
 NO_METRICS = {"step", "epoch", "lr", "momentum", "decay", "temperature", "broken", "wait",
               "minutes_left", "memory_gb"}
 
@@ -410,8 +449,10 @@ def curves(args, columns=3):
     if not args.runs:
         raise UserError("curves needs the folders of runs")
     logs = [read_log(path) for path in args.runs]
-    names = dict.fromkeys(name for log in logs for name in log[-1] if name not in NO_METRICS)
-    figure, axes = panels(math.ceil(len(names) / columns), columns, width=1.3)
+    names = dict.fromkeys(name for log in logs for name in log[-1])
+    names = [name for name in names if name not in NO_METRICS]
+    rows = math.ceil(len(names) / columns)
+    figure, axes = panels(rows, columns, width=1.3)
     for ax, name in zip(axes.flat, names):
         ax.set_axis_on()
         ax.set(title=name, xlabel="epoch")
@@ -432,7 +473,7 @@ def curves(args, columns=3):
 
 METHODS = dict(vicregl=vicregl, lc_loss=lc_loss, cribo=cribo)
 COMMANDS = dict(matches=matches, correspond=correspond, objects=objects, heatmap=heatmap,
-                neighbors=neighbors, views=views, curves=curves)
+                neighbors=neighbors, views=views, detections=detections, curves=curves)
 LOWEST = dict(index=0, seed=0, query=0, scale=0.001)  # of all other numbers: 1
 HIGHEST = dict(size=4096, query=1, scale=1)
 
@@ -459,7 +500,8 @@ def parse_args():
     args = parser.parse_args()
 
     check(args, LOWEST, HIGHEST)
-    args.query = torch.tensor(args.query or [0.5, 0.5]).view(-1, 2)
+    query = args.query or [0.5, 0.5]
+    args.query = torch.tensor(query).view(-1, 2)
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out} must end in .png")
     return args
@@ -472,12 +514,19 @@ def draw(args):
     if args.command == "views" and args.checkpoint is None:  # it shows no features
         args.checkpoint = "random"
         args.arch = "tiny_convnet"
+    if args.command == "detections" and args.checkpoint:
+        args.checkpoint = detect.kept_detector(args.checkpoint)  # it tells its --data and --size
+        if not args.checkpoint.is_file():
+            raise UserError(f"no {args.checkpoint}: `python -m evaluate detect` leaves it there")
     args.bf16 = False
     backbone = load(args)
     args.device = training.set_up(args.seed)
     backbone.to(args.device).eval()
     args.projector = load_projector(args.checkpoint)
-    data = open_part(args)
+    if args.command == "detections":
+        _, data = detect.prepare(args)
+    else:
+        data = open_part(args)
     if not 0 <= args.index < len(data):
         raise UserError(f"--index {args.index}: {args.data} has {len(data)} images, from 0 on")
     return COMMANDS[args.command](args, data, backbone)

@@ -24,18 +24,9 @@ import torch
 
 import common
 import training
-from evaluate import (
-    bag,
-    clusters,
-    correspond,
-    detect,
-    export,
-    fewshot,
-    knn,
-    linear,
-    retrieve,
-    segment,
-)
+from evaluate import bag, clusters, correspond, detect, export, fewshot, knn, linear, retrieve
+# isort: split
+from evaluate import segment
 from evaluate.features import add_flags, load, say, untrained
 
 PROTOCOLS = dict(features=export, knn=knn, linear=linear, fewshot=fewshot, segment=segment,

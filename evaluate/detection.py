@@ -10,154 +10,117 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.ops import box_area
 
-from evaluate.features import concatenated, summed
+from evaluate.features import concatenated
 
-IOUS = np.linspace(0.5, 0.95, 10)
+IOUS = torch.from_numpy(np.linspace(0.5, 0.95, 10))
 RECALLS = np.linspace(0, 1, 101)
-RANGES = [(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)]  # of areas: all, small, ...
-SHAPE = (len(RANGES), len(IOUS))  # A, T
-
-# --- 1. Overlaps ----------------------------------------------------------------------------------
-
-def box_areas(boxes):
-    sides = boxes[..., 2:] - boxes[..., :2]
-    return sides.clamp(min=0).prod(-1)
+LOWEST = torch.tensor([0, 0, 32**2, 96**2])[:, None]  # areas: all, small, medium, large
+HIGHEST = torch.tensor([1e10, 32**2, 96**2, 1e10])[:, None]
+A = len(LOWEST)
+T = len(IOUS)
+EMPTY = [0, 0, (0, A, T), 0, (0, A)]  # shapes of what judge() returns of no image
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def overlap_of_boxes(found, truth):
-    """Boxes (n, 4), (G, 4), as (x0, y0, x1, y1) -> areas (n,), (G,), of intersections (n, G)."""
-    found = found.double()  # as in COCO's code: a rounded IoU can miss a threshold
+def overlaps(kind, found, truth):
+    """Boxes (n, 4), (G, 4), as (x0, y0, x1, y1), or masks (n, 1, H0, W0), (G, H0, W0) -> their
+    areas (n,), (G,), and those of intersections (n, G). float64: a rounded IoU could miss a
+    threshold."""
+    if kind == "masks":
+        found = found.flatten(1) >= 0.5  # (n, H0 W0), of probabilities
+        found = found.float()
+        truth = truth.flatten(1).float()
+        both = found @ truth.T  # (n, H0 W0) (H0 W0, G) -> (n, G)
+        return found.sum(1).double(), truth.sum(1), both
+    found = found.double()
     pairs = found[:, None]  # (n, 1, 4)
-    low = torch.maximum(pairs[..., :2], truth[:, :2])  # (n, G, 2)
-    high = torch.minimum(pairs[..., 2:], truth[:, 2:])
-    both = torch.cat([low, high], 2)  # (n, G, 4)
-    return box_areas(found), box_areas(truth), box_areas(both)
+    low, _ = torch.maximum(pairs, truth).chunk(2, 2)  # (n, G, 2): corners of the intersections
+    _, high = torch.minimum(pairs, truth).chunk(2, 2)
+    sides = high - low
+    both = sides.clamp(min=0).prod(2)
+    return box_area(found), box_area(truth), both
 
-
-def overlap_of_masks(found, truth):
-    """The same of masks (n, H, W), (G, H, W)."""
-    found = found.flatten(1).float()  # (n, HW)
-    truth = truth.flatten(1).float()
-    both = found @ truth.T  # (n, HW) (HW, G) -> (n, G)
-    return found.sum(1), truth.sum(1), both.double()
-
-
-OVERLAPS = {"boxes": overlap_of_boxes, "masks": overlap_of_masks}
-
-# --- 2. Verdicts ----------------------------------------------------------------------------------
 
 def out_of_range(areas):
     """Whether areas (n,) are out of the ranges: (A, n)."""
-    rows = [(areas < low) | (areas > high) for low, high in RANGES]
-    return torch.stack(rows)
-
-
-def match(iou, crowd, ignored):
-    """Verdicts on n detections, the best score first: 1 right, 0 wrong, -1 not counted, (n, A, T).
-    iou (n, G) with G objects; crowd (G,): it takes any number; ignored (A, G): crowds too."""
-    n, g = iou.shape
-    verdicts = torch.zeros(n, *SHAPE)
-    if g == 0:
-        return verdicts
-    thresholds = torch.from_numpy(IOUS)[:, None]  # (T, 1)
-    ignored = ignored[:, None]  # (A, 1, G)
-    free = torch.ones(*SHAPE, g, dtype=torch.bool)  # (A, T, G)
-    for row, verdict in zip(iou, verdicts):
-        fits = free & (row >= thresholds)
-        counted = fits & ~ignored
-        any_counted = counted.any(2, keepdim=True)
-        fits = torch.where(any_counted, counted, fits)  # ignored ones come last
-        best = torch.where(fits, row, -1.0).argmax(2)  # (A, T)
-        taken = F.one_hot(best, g).bool() & fits
-        free &= ~taken | crowd
-
-        right = taken & ~ignored
-        uncounted = taken & ignored
-        verdict[right.any(2)] = 1
-        verdict[uncounted.any(2)] = -1
-    return verdicts
+    return (areas < LOWEST) | (areas > HIGHEST)
 
 
 def judge(kind, found, truth):
-    """Detections as of Average.add(), the best score first -> verdicts (n, A, T), and which objects
-    count (A, G)."""
-    areas, true_areas, both = OVERLAPS[kind](found[kind], truth[kind])
-    areas = areas[:, None]  # (n, 1)
+    """Verdicts on an image's n detections, as torchvision's detectors return them, of kind boxes or
+    masks; truth: boxes, masks, labels, areas, crowd and ignored of its G objects. -> scores and
+    labels (n,), verdicts (n, A, T): 1 right, 0 wrong, -1 not counted; labels (G,), and which
+    objects count (G, A)."""
+    order = found["scores"].argsort(descending=True, stable=True)
+    found = {name: x[order] for name, x in found.items()}
+    truth = {name: x.flip(0) for name, x in truth.items()}  # of equals, COCO takes the last
+    areas, true_areas, both = overlaps(kind, found[kind], truth[kind])
+    crowd = truth["crowd"]
+    outside = out_of_range(areas).T  # (n, A)
+    areas = areas[:, None]
     union = areas + true_areas - both
-    union = torch.where(truth["crowd"], areas, union)
+    union = torch.where(crowd, areas, union)
     same = found["labels"][:, None] == truth["labels"]  # (n, G)
     iou = torch.where(same, both / union, -1.0)
 
-    crowd = truth["crowd"]
-    ignored = truth["ignored"] | crowd | out_of_range(truth["areas"])  # (A, G)
-    verdicts = match(iou, crowd, ignored)
-    outside = out_of_range(areas).movedim(0, 1)  # (n, A, 1)
-    wrong = verdicts == 0
-    return verdicts.masked_fill(wrong & outside, -1), ~ignored
+    ignored = truth["ignored"] | crowd  # (G,)
+    counted = ~(ignored | out_of_range(truth["areas"]))  # (A, G)
+    verdicts = torch.where(outside, -1.0, 0.0)
+    verdicts = verdicts[:, :, None].repeat(1, 1, T)
+    free = torch.ones(A, T, len(crowd)).bool()
+    matching = (iou >= IOUS[0]).any(1)  # (n,)
+    for i in matching.nonzero().flatten():
+        fits = free & (iou[i] >= IOUS[:, None])  # (A, T, G)
+        wanted = iou[i] + counted[:, None]  # (A, 1, G): those that count come first
+        wanted = torch.where(fits, wanted, -1)
+        best = wanted.argmax(2)  # (A, T)
+        taken = F.one_hot(best, len(crowd)).bool() & fits
+        right = taken & counted[:, None]
+        free &= ~taken | crowd  # a crowd takes any number
+        verdicts[i, taken.any(2)] = -1
+        verdicts[i, right.any(2)] = 1
+    counts = counted.T.float()
+    return found["scores"], found["labels"], verdicts, truth["labels"], counts
 
-
-# --- 3. Average precision -------------------------------------------------------------------------
 
 def average_precision(verdicts, count):
-    """Verdicts (A, T, n), the best score first, and how many objects count (A,) -> AP (A, T): over
+    """Verdicts (n, A, T), the best score first, and how many objects count (A,) -> AP (A, T): over
     101 recalls, the mean of the highest precision at it or a higher one; NaN without objects."""
-    right = (verdicts == 1).cumsum(2)
-    wrong = (verdicts == 0).cumsum(2)
-    seen = (right + wrong).double()
+    nothing = -torch.ones(1, A, T)  # found yet
+    verdicts = torch.cat([nothing, verdicts])
+    right = (verdicts == 1).cumsum(0).double()
+    wrong = (verdicts == 0).cumsum(0)
+    seen = right + wrong
     precision = right / seen.clamp(min=1)
-    precision = F.pad(precision, (0, 1))  # 0 beyond the highest recall
-    highest = precision.flip(2).cummax(2).values
-    precision = highest.flip(2)
+    recall = right / count[:, None]
+    highest = []
+    for wanted in RECALLS:
+        reached = precision.where(recall >= wanted, 0)
+        highest.append(reached.amax(0))
+    ap = torch.stack(highest).mean(0)  # (101, A, T) -> (A, T)
+    absent = count == 0
+    return ap.masked_fill(absent[:, None], math.nan)
 
-    recall = right / count[:, None, None]
-    wanted = torch.from_numpy(RECALLS).repeat(*SHAPE, 1)  # (A, T, 101)
-    first = torch.searchsorted(recall, wanted)
-    ap = precision.gather(2, first).mean(2)  # (A, T)
-    return ap.masked_fill(count[:, None] == 0, math.nan)
 
-
-class Average:
-    """AP of `kind`, boxes or masks, over the images of all processes."""
-
-    def __init__(self, kind, num_classes):
-        self.kind = kind
-        self.counts = torch.zeros(1 + num_classes, len(RANGES), dtype=torch.double)
-        nothing = torch.zeros(0, 3 + math.prod(SHAPE))
-        self.rows = [nothing]  # image, class, score, verdicts
-
-    def add(self, index, found, truth):
-        """Image `index`: labels and scores (n,) of what is found, boxes (n, 4), masks (n, H, W); of
-        the truth boxes, masks, labels, areas, crowd and ignored. On the CPU."""
-        order = found["scores"].argsort(descending=True, stable=True)
-        found = {name: x[order] for name, x in found.items()}
-        truth = {name: x.flip(0) for name, x in truth.items()}  # of equals, COCO takes the last
-        verdicts, counted = judge(self.kind, found, truth)
-        counted = counted.T.double()  # (G, A)
-        self.counts.index_add_(0, truth["labels"], counted)
-        image = torch.full_like(order, index)
-        about = [image, found["labels"], found["scores"]]
-        about = torch.stack(about, 1)  # (n, 3)
-        rows = torch.cat([about, verdicts.flatten(1)], 1)
-        self.rows.append(rows.float())
-
-    def table(self, device):
-        """{column: %}, None where no object is of that size. A collective of all processes."""
-        counts = summed(self.counts.to(device)).cpu()
-        rows = torch.cat(self.rows).to(device)
-        rows = concatenated(rows).cpu()
-        by_image = rows[:, 0].argsort(stable=True)
-        rows = rows[by_image]
-        by_score = rows[:, 2].argsort(descending=True, stable=True)
-        rows = rows[by_score]
-
-        aps = []
-        for c in range(1, len(counts)):
-            of_class = rows[rows[:, 1] == c]
-            verdicts = of_class[:, 3:].T.unflatten(0, SHAPE)  # (A, T, n)
-            aps.append(average_precision(verdicts, counts[c]))
-        ap = 100 * torch.stack(aps).nanmean(0)  # (A, T)
-        mean, small, medium, large = ap.mean(1)
-        ap_50, ap_75 = ap[0, [0, 5]]
-        columns = dict(AP=mean, AP50=ap_50, AP75=ap_75, APs=small, APm=medium, APl=large)
-        return {name: None if x.isnan() else x.item() for name, x in columns.items()}
+def table(judged, device):
+    """Each process's list of what judge() returns, in the order of the images -> {column: %}, None
+    where no object is of that size. A collective of all processes."""
+    empty = [torch.zeros(shape) for shape in EMPTY]  # for a process without images
+    columns = [torch.cat(column) for column in zip(empty, *judged)]
+    columns = [concatenated(column.to(device)).cpu() for column in columns]
+    scores, labels, verdicts, true_labels, counts = columns
+    order = scores.argsort(descending=True, stable=True)
+    labels = labels[order]
+    verdicts = verdicts[order]
+    aps = [torch.full((A, T), math.nan)]
+    for c in true_labels.unique():
+        of_class = verdicts[labels == c]
+        count = counts[true_labels == c].sum(0)
+        aps.append(average_precision(of_class, count))
+    ap = 100 * torch.stack(aps).nanmean(0)  # (A, T)
+    mean, *of_sizes = ap.mean(1)
+    values = [mean, ap[0, 0], ap[0, 5], *of_sizes]
+    values = [None if x.isnan() else x.item() for x in values]
+    return dict(zip(COLUMNS, values))

@@ -11,6 +11,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import masks_to_boxes
 
 import common
+import weights
 from evaluate import __main__ as command
 from evaluate import detect, detection, objects
 
@@ -69,12 +70,14 @@ def random_scenes(seed, count=40, classes=3):
 
 
 def average(kind, seed, rank=0, world=1):
-    average = detection.Average(kind, 3)
-    for index, scene in list(enumerate(random_scenes(seed)))[rank::world]:
+    scenes = random_scenes(seed)
+    n = len(scenes)
+    judged = []
+    for scene in scenes[n * rank // world : n * (rank + 1) // world]:
         found, truth = [{key: torch.from_numpy(x) for key, x in part.items()} for part in scene]
         truth["areas"] = truth["masks"].sum((1, 2))
-        average.add(index, found, truth)
-    return average.table(CPU)
+        judged.append(detection.judge(kind, found, truth))
+    return detection.table(judged, CPU)
 
 
 # Of pycocotools 2.0.11 (COCOeval.stats[:6]) on the same scenes: masks as run lengths, an object's
@@ -107,7 +110,7 @@ def test_two_processes_find_the_same_as_one():
 
 def test_average_precision_by_hand():
     """Two objects; right, wrong, right: precision 1 to a recall of 0.5, then 2/3."""
-    verdicts = torch.tensor([1.0, 0, 1]).repeat(*detection.SHAPE, 1)
+    verdicts = torch.tensor([1.0, 0, 1])[:, None, None].expand(3, detection.A, detection.T)
     ap = detection.average_precision(verdicts, torch.full((4,), 2.0, dtype=torch.double))
     assert ap == pytest.approx(np.full((4, 10), (51 + 50 * 2 / 3) / 101))
     nothing = detection.average_precision(verdicts, torch.zeros(4, dtype=torch.double))
@@ -115,14 +118,13 @@ def test_average_precision_by_hand():
 
 
 def test_without_objects_there_is_no_number():
-    average = detection.Average("boxes", 2)
     none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long),
                 areas=torch.zeros(0), crowd=torch.zeros(0, dtype=torch.bool),
                 ignored=torch.zeros(0, dtype=torch.bool))
     one = dict(boxes=torch.tensor([[0.0, 0, 9, 9]]), labels=torch.tensor([1]),
                scores=torch.tensor([0.5]))
-    average.add(0, one, none)
-    assert set(average.table(CPU).values()) == {None}
+    for judged in ([], [detection.judge("boxes", one, none)]):
+        assert set(detection.table(judged, CPU).values()) == {None}
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -215,8 +217,8 @@ def test_voc(tmp_path, monkeypatch):
     train, val = opened("voc")
     assert (len(train), len(val)) == (2, 1) and not train.has_masks
     assert train.classes == ["cat", "dog"]
-    image, target = val.pair(0)
-    assert image.shape == (30, 40, 3)
+    image, target = val[0]
+    assert image.shape == (3, 30, 40)
     assert target["boxes"].tolist() == [[0, 0, 40, 30], [10, 5, 20, 25]]
     assert target["labels"].tolist() == [2, 1]
     assert target["areas"].tolist() == [1200, 200]
@@ -227,18 +229,16 @@ def test_coco(tmp_path):
     make_coco(tmp_path)
     train, val = opened(tmp_path)
     assert len(train) == len(val) == 2 and val.classes == ["cat", "dog"] and val.has_masks
-    image, target = val.pair(0)
+    image, target = val[0]
     assert target["boxes"].tolist() == [[10, 5, 20, 25], [0, 0, 40, 30]]
     assert target["labels"].tolist() == [2, 1] and target["crowd"].tolist() == [False, True]
     assert target["areas"].tolist() == [200, 500] and not target["ignored"].any()
     assert target["masks"].sum((1, 2)).tolist() == [200, 600]
     assert target["masks"][0, 5:25, 10:20].all() and target["masks"][1, :, 20:].all()
-    assert val.pair(1)[1]["masks"].shape == (0, 30, 40)
+    assert val[1][1]["masks"].shape == (0, 30, 40)
 
-    pixels, target = detect.Loaded(train, train=True)[0, 0]
+    pixels, target = detect.Mirrored(train)[0, 0]
     assert target["labels"].tolist() == [2]  # without the crowd
-    _, target = detect.Loaded(val, train=False)[0, 0]
-    assert len(target["labels"]) == 2
 
 
 @pytest.mark.parametrize("layout", ["{kind}/{split}", "{split}/{kind}"])
@@ -246,11 +246,11 @@ def test_yolo(tmp_path, layout):
     make_yolo(tmp_path, layout)
     train, val = opened(tmp_path)
     assert len(train) == len(val) == 2 and val.classes == [0, 3] and not val.has_masks
-    _, target = val.pair(0)
+    _, target = val[0]
     expected = torch.tensor([[10.0, 5, 20, 25], [0, 0, 40, 30]])
     assert torch.allclose(target["boxes"], expected, atol=1e-4)
     assert target["labels"].tolist() == [2, 1]
-    assert val.pair(1)[1]["boxes"].shape == (0, 4)
+    assert val[1][1]["boxes"].shape == (0, 4)
 
 
 def test_scenes_have_objects():
@@ -258,10 +258,10 @@ def test_scenes_have_objects():
     scenes = objects.ShapesObjects("val", 96)
     several = 0
     for index in range(20):
-        image, target = scenes.pair(index)
+        image, target = scenes[index]
         plain = objects.shapes.Shapes("val", 96)
         pixels, classes = plain.scene(index)
-        assert (image == pixels).all()
+        assert (image.permute(1, 2, 0).numpy() == pixels).all()
         masks = target["masks"].numpy()
         assert (masks.sum(0) == (classes > 0)).all()  # no two have a pixel in common
         assert ((masks * target["labels"].numpy()[:, None, None]).sum(0) == classes).all()
@@ -275,12 +275,11 @@ def test_scenes_have_objects():
 
 def test_mirrored_images_have_mirrored_objects():
     scenes = objects.ShapesObjects("train", 48)
-    loaded = detect.Loaded(scenes, train=True)
+    loaded = detect.Mirrored(scenes)
     mirrored = 0
     for index in range(12):
-        plain, truth = scenes.pair(index)
+        plain, truth = scenes[index]
         image, target = loaded[0, index]
-        plain = torch.from_numpy(plain).permute(2, 0, 1)
         if torch.equal(image, plain):
             continue
         mirrored += 1
@@ -336,7 +335,8 @@ def test_the_papers_detector_is_torchvisions():
     for part in ("rpn", "roi_heads"):
         a, b = [getattr(model, part).state_dict() for model in (ours, theirs)]
         assert {name: x.shape for name, x in a.items()} == {name: x.shape for name, x in b.items()}
-    assert tuple(ours.rpn.anchor_generator.sizes) == theirs.rpn.anchor_generator.sizes
+    sizes = [tuple(level) for level in ours.rpn.anchor_generator.sizes]
+    assert tuple(sizes) == theirs.rpn.anchor_generator.sizes
     assert ours.transform.max_size == theirs.transform.max_size == 1333
     assert list(ours.transform.min_size) == [640, 672, 704, 736, 768, 800]
     levels = ours.backbone.eval()(torch.zeros(1, 3, 64, 96))
@@ -364,7 +364,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, data, shift=0):
         super().__init__()
-        self.truths = (data.pair(index)[1] for index in range(len(data)))
+        self.truths = (data[index][1] for index in range(len(data)))
         self.shift = shift
 
     def forward(self, images):
@@ -416,6 +416,20 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert all(list(row) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
                for row in result["rows"].values())
     assert "random initialisation: masks" in capsys.readouterr().out
+    kept = torch.load(tmp_path / "detector.pt", weights_only=True)
+    assert kept["args"] == dict(arch="tiny_convnet", data=f"{tmp_path}/coco", size=64, bf16=False)
+    data = objects.open_objects(SimpleNamespace(**kept["args"]))[1]
+    backbone = weights.load_backbone(tmp_path / "detector.pt")
+    model = detect.build(backbone, data, SimpleNamespace(**kept["args"]))
+    model.load_state_dict(kept["detector"])
+
+
+def test_a_detector_that_cannot_be_kept_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(detect, "fine_tune", lambda backbone, data, args: backbone)
+    monkeypatch.setattr(detect, "measure", lambda *args: {"boxes": {"AP": 1.0}})
+    args = settings(checkpoint=str(tmp_path / "nowhere" / "backbone.pt"), arch="tiny_convnet")
+    assert detect.run(torch.nn.Linear(1, 1), (None, None), args) == {"boxes": {"AP": 1.0}}
+    assert "cannot write" in capsys.readouterr().err
 
 
 def _trained(rank, world):

@@ -17,7 +17,9 @@ import cribo  # noqa: E402
 import lc_loss  # noqa: E402
 import vicregl  # noqa: E402
 import visualize  # noqa: E402
-from evaluate import features  # noqa: E402
+from evaluate import __main__ as evaluation  # noqa: E402
+from evaluate import detect, features  # noqa: E402
+from evaluate.objects import ShapesObjects  # noqa: E402
 from visualize import DPI, RIGHT, SIDE, WRONG  # noqa: E402
 
 BOXES = [(20, 30, 150, 120), (0, 10, 110, 170)]  # top, left, height, width, of 200 x 200 pixels
@@ -402,6 +404,74 @@ def test_objects_their_nearest_and_frames(figure, checkpoint, gradient, halves, 
     np.testing.assert_allclose(blue, [0, 40 * 3, 0, 40 * 3], atol=2)  # image 0, the bank's first
 
 
+# --- detections -----------------------------------------------------------------------------------
+
+class Finder(torch.nn.Module):
+    """Of each image finds the first object, the others 30 pixels too far right; one not surely."""
+
+    def __init__(self, truths):
+        super().__init__()
+        self.truths = truths
+
+    def forward(self, images):
+        truth = next(self.truths)
+        n = len(truth["labels"])
+        boxes = truth["boxes"].clone()
+        boxes[1:, [0, 2]] += 30
+        masks = 0.8 * truth["masks"][:, None].float()
+        found = dict(boxes=boxes, labels=truth["labels"], scores=torch.full((n,), 0.9), masks=masks)
+        unsure = {name: x[:1] for name, x in found.items()} | {"scores": torch.tensor([0.4])}
+        return [{name: torch.cat([x, unsure[name]]) for name, x in found.items()}]
+
+
+def test_objects_and_detections_lie_where_they_are(figure, checkpoint, monkeypatch):
+    indices = [3, 5, 7, 9]
+    scenes = ShapesObjects("val", 96)
+    finder = Finder(scenes[index][1] for index in indices)
+    monkeypatch.setattr(visualize, "image_and_others", lambda *args: indices)
+    monkeypatch.setattr(detect, "build", lambda *args: finder)
+    backbone = common.build_backbone("tiny_convnet").state_dict()
+    args = dict(arch="tiny_convnet", size=64, data="shapes", bf16=False)
+    torch.save(dict(model=backbone, detector={}, args=args), "run/detector.pt")
+    drawn = figure("detections --checkpoint run")
+    axes = np.array(drawn.axes).reshape(2, 4)
+    for (above, below), index in zip(axes.T, indices):
+        image, truth = scenes[index]
+        boxes = truth["boxes"].numpy()
+        sides = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
+        assert above.images[0].get_extent() == below.images[0].get_extent() == [0, 96, 96, 0]
+        for ax, right, shift, score in ((above, len(sides), 0, ""), (below, 1, 30, " 90%")):
+            found = np.array([patch.get_bbox().bounds for patch in ax.patches])
+            np.testing.assert_allclose(found[:1], sides[:1])
+            np.testing.assert_allclose(found[1:], sides[1:] + [shift, 0, 0, 0])
+            drawn_right = [patch.get_linestyle() == RIGHT["linestyle"] for patch in ax.patches]
+            assert drawn_right == [i < right for i in range(len(sides))]
+            texts = [text for text in drawn.texts if text.get_transform() is ax.transData]
+            name = scenes.classes[scenes.label(index)]
+            assert {text.get_text() for text in texts} == {name + score}
+            places = np.array([text.get_position() for text in texts])
+            np.testing.assert_allclose(places, found[:, :2] + found[:, 2:] * [0.5, 0])
+        plain = image.permute(1, 2, 0).numpy()
+        inside = truth["masks"].any(0).numpy()
+        for ax in (above, below):  # masks are painted, and nothing else
+            assert ((np.asarray(ax.images[0].get_array()) != plain).any(2) == inside).mean() > 0.99
+
+
+def test_evaluate_leaves_the_detector_that_is_drawn(figure, checkpoint, monkeypatch):
+    monkeypatch.setattr(detect, "measure", lambda *args: {})
+    line = "evaluate detect --checkpoint run --steps 1 --batch-size 2 --workers 0 --baseline"
+    monkeypatch.setattr(sys, "argv", line.split())
+    with torch.enable_grad():
+        evaluation.main()
+    kept = torch.load("run/detector.pt", weights_only=True)
+    trained = torch.load("run/last.pt", weights_only=True)["model"]
+    first = "0.weight"
+    start = trained[f"backbone.{first}"]
+    change = (kept["model"][first] - start).norm() / start.norm()
+    assert 0 < change < 0.1  # of the run's network, not of the untrained one, which came later
+    assert len(pictures(figure("detections --checkpoint run"))) == 8
+
+
 # --- curves ---------------------------------------------------------------------------------------
 
 def write_log(folder, values, **more):
@@ -450,6 +520,9 @@ def test_smoothed_curves(figure, tmp_path):
     ("matches --checkpoint run --data broken", "mend or remove it"),
     ("matches", "--checkpoint is missing: a run folder"),
     ("matches --checkpoint random", "--arch"),
+    ("detections --checkpoint run", "`python -m evaluate detect` leaves it there"),
+    ("detections --checkpoint random", "no detector.pt"),
+    ("detections", "--checkpoint is missing"),
     ("matches --checkpoint random --arch tiny_convnet --size 99999", "--size 99999"),
     ("heatmap --checkpoint run --scale nan", "--scale nan"),
     ("heatmap --checkpoint run --query 0.5 1.5", "--query 1.5"),

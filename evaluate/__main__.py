@@ -23,15 +23,13 @@ from pathlib import Path
 import torch
 
 import common
+import evaluate.export as export
 import training
-from evaluate import bag, clusters, correspond, detect, export, fewshot, knn, linear, retrieve
-# isort: split
-from evaluate import segment
+from evaluate import bag, clusters, correspond, detect, fewshot, knn, linear, retrieve, segment
 from evaluate.features import add_flags, load, say, untrained
 
-PROTOCOLS = dict(features=export, knn=knn, linear=linear, fewshot=fewshot, segment=segment,
-                 retrieve=retrieve, clusters=clusters, correspond=correspond, bag=bag,
-                 detect=detect)
+PROTOCOLS = dict(features=export, knn=knn, linear=linear, fewshot=fewshot, bag=bag, detect=detect,
+                 segment=segment, retrieve=retrieve, clusters=clusters, correspond=correspond)
 LOWEST = dict(workers=0, lr=0, patch_scale=0.001, void=0, labels=0)  # of all other numbers: 1
 HIGHEST = dict(workers=1024, size=4096, patch_scale=1, void=255)
 

@@ -196,6 +196,13 @@ def has_bf16():
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
+def own_cores():
+    """Cores for this process's data workers, 12 at most. Without a GPU the other half computes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(12, cores if torch.cuda.is_available() else cores // 2)
+
+
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The header as it stands, and each flag's default."""
 
@@ -216,8 +223,6 @@ def choose_recipe(args, recipes):
 def parse_args(parser, recipes, limits):
     """The flags, with a recipe's defaults. limits: {flag: (lowest, highest)}, else 0 and more.
     Raises UserError."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     flag = parser.add_argument
     flag("--data", default="shapes", help="or cifar10, cifar100, stl10, voc, a folder of images")
     flag("--recipe", choices=recipes, help="defaults of other flags; else by --arch and --data")
@@ -233,7 +238,7 @@ def parse_args(parser, recipes, limits):
     flag("--seed", type=int, default=0, help="of all that is random")
     flag("--bf16", action=argparse.BooleanOptionalAction, help="by default where it is fast")
     flag("--compile", action="store_true", help="the backbones, by torch.compile")
-    flag("--workers", type=int, default=min(12, cores), help="data loading processes")
+    flag("--workers", type=int, default=own_cores(), help="data loading processes")
     flag("--out", default="runs", help="folder of all runs")
     flag("--name", help="this run's folder in --out")
     flag("--save-minutes", type=float, default=10, help="minutes between checkpoints")

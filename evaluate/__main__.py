@@ -51,8 +51,6 @@ def check(args, lowest, highest):
 
 
 def parse_args():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("python -m evaluate", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
@@ -63,7 +61,7 @@ def parse_args():
         flag = command.add_argument
         add_flags(flag)
         flag("--bf16", action=argparse.BooleanOptionalAction, help="by default as in the run")
-        flag("--workers", type=int, default=min(12, cores), help="data loading processes")
+        flag("--workers", type=int, default=training.own_cores(), help="data loading processes")
         if protocol is not export:
             flag("--baseline", action="store_true", help="the untrained network too, in more rows")
         if hasattr(protocol, "add_flags"):

@@ -691,3 +691,16 @@ def test_a_run_that_resumes_keeps_its_bf16(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "has_bf16", lambda: False)  # on another machine
     assert run("vicreg", *args, *out) == 0
     assert checkpoint(tmp_path / "run")["args"]["bf16"] is True
+
+
+def test_half_of_the_cores_decode_where_the_other_half_computes(monkeypatch):
+    monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert training.own_cores() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert training.own_cores() == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert training.own_cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: set(range(64)))
+    assert training.own_cores() == 12

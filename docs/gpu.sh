@@ -61,6 +61,7 @@ fi
 
 # Does it train? The five demonstrations, each with its k-NN at the end, side by side.
 if asked demos; then
+    [ "$GPU" = 1 ] || flags vicreg > "$OUT/flags.txt"  # makes the images before all five ask for them
     for method in vicreg vicregl lc_loss cribo bagssl; do
         part "demo-$method" 120 $PY $method.py --out "$OUT/runs" --name $method \
             --workers $WORKERS $(flags $method) &

@@ -23,6 +23,7 @@ from torchvision import datasets as sets
 from torchvision.models.convnext import CNBlock, CNBlockConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
+from torchvision.transforms.v2 import functional as TF
 
 
 class UserError(Exception):
@@ -36,8 +37,11 @@ class UserError(Exception):
 
 def outputs(layers, x):
     """What each layer returns, the first fed with x and every other with the output before it."""
-    fed = itertools.accumulate(layers, lambda x, layer: layer(x), initial=x)
-    return list(fed)[1:]
+    found = []
+    for layer in layers:
+        x = layer(x)
+        found.append(x)
+    return found
 
 
 def flat(x):
@@ -227,9 +231,8 @@ def build_backbone(arch, size=224, drop_path=0.0, layer_scale=False):
 def grid_of(size, stride):
     """Locations along a map's side, for square views of `size` pixels. Raises UserError."""
     if size % stride or size < 2 * stride:  # else centres of locations would not be where we say
-        least = 2 * stride
-        raise UserError(f"views of {size} pixels: --size must make a multiple of {stride}, {least} "
-                        "or more")
+        raise UserError(f"views of {size} pixels: --size must make a multiple of {stride}, "
+                        f"{2 * stride} or more")
     return size // stride
 
 
@@ -247,7 +250,7 @@ class Images:
     def __init__(self, items, labels=None, classes=(), root=""):
         if not isinstance(items, np.ndarray):  # forked workers share an array, not a list
             items = np.array([os.fsencode(path) for path in items])
-        self.items = items
+        self.items = items  # bytes (dtype "S") or pixels
         self.labels = labels
         self.classes = classes
         self.root = root
@@ -283,7 +286,7 @@ class Images:
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats: to bytes
                 pixels = np.asarray(image, np.float32)
-                scale = 1 / 257
+                scale = 1 / 257  # 65,535 becomes 255
                 if pixels.max() <= 255 and not image.mode.startswith("I;16"):
                     scale = 255 if image.mode == "F" and pixels.max() <= 1 else 1
                 image = Image.fromarray((scale * pixels).clip(0, 255).astype(np.uint8))
@@ -444,28 +447,23 @@ class Batches:
 
 # --- 4. Colour augmentation -----------------------------------------------------------------------
 
-def gray(x):
-    r, g, b = x.split(1, 1)  # numbers, not a tensor of them: the GPU would wait for the host
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
-
-
 def blend(x, weights):
-    """Brightness, contrast or saturation: the sum, in [0, 1], of images x, of their mean gray and
-    of their gray, each by its `weights` (B, 3)."""
+    """Brightness, contrast or saturation: the sum, in [0, 1], of images x (B, 3, H0, W0), of their
+    mean gray and of their gray, each by its `weights` (B, 3)."""
     own, to_mean, to_gray = weights[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
-    g = gray(x)
-    other = (to_gray * g).add_(to_mean * g.mean((2, 3), keepdim=True))  # (B, 1, H0, W0)
+    gray = TF.rgb_to_grayscale(x)  # (B, 1, H0, W0)
+    other = (to_gray * gray).add_(to_mean * gray.mean((2, 3), keepdim=True))
     return torch.addcmul(other, own, x).clamp_(0, 1)
 
 
 def adjust_hue(x, factor):
-    """Turns the hue by `factor` of a circle. With value v, chroma c and hue h in sixths,
+    """Turns the hue by `factor` (B,) of a circle. With value v, chroma c and hue h in sixths,
     RGB = v - c clamp(min(k, 4 - k), 0, 1), where k = (n + h) mod 6 and n = 5, 3, 1."""
     r, g, b = x.split(1, 1)  # (B, 1, H0, W0) each
     v = x.amax(1, keepdim=True)
     c = v - x.amin(1, keepdim=True)
     h = torch.where(v == r, g - b, torch.where(v == g, 2 * c + b - r, 4 * c + r - g))
-    h = h.div_(c.clamp(min=1e-12)).add_(6 * factor)
+    h = h.div_(c.clamp(min=1e-12)).add_(6 * factor.view(-1, 1, 1, 1))
     k = (h + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)).remainder_(6)  # (B, 3, H0, W0)
     return v - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(c)
 
@@ -484,13 +482,9 @@ def gaussian_blur(x, sigma, kernel=23):
     return x
 
 
-def solarize(x, threshold=0.5):
-    return torch.where(x >= threshold, 1 - x, x)
-
-
 def normalize(x):
     """RGB (B, 3, H0, W0) from 0 to 1 -> minus ImageNet's mean, by its standard deviation."""
-    r, g, b = x.unbind(1)
+    r, g, b = x.unbind(1)  # numbers, not a tensor of them: the GPU would wait for the host
     return torch.stack([(r - 0.485) / 0.229, (g - 0.456) / 0.224, (b - 0.406) / 0.225], 1)
 
 
@@ -507,15 +501,28 @@ class Photometric:
     size: int = 224  # of a run's whole views: blur is in proportion, the papers' 0.1 to 2 at 224
 
     def draw(self, n):
-        """For n images, on the CPU: jittered (n,), order (n, 4) of brightness, contrast, saturation
-        and hue, change (n, 4) by each, grayed, blurred, its sigma, solarized (n,)."""
+        """Steps for n images: [(op, those it changes (n,), its factors (n, ...) if any), ...]."""
         jittered = torch.rand(n) < self.jitter_p
-        order = torch.rand(n, 4).argsort(1)
-        change = torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)
+        order = torch.rand(n, 4).argsort(1)  # of brightness 0, contrast 1, saturation 2 and hue 3
+        change = torch.tensor(self.jitter) * (2 * torch.rand(n, 4) - 1)  # by each, 0 for none
         grayed = torch.rand(n) < self.gray_p
         blurred = torch.rand(n) < self.blur_p
         sigma = (0.1 + 1.9 * torch.rand(n)) * self.size / 224  # pixels
-        return jittered, order, change, grayed, blurred, sigma, torch.rand(n) < self.solarize_p
+        solarized = torch.rand(n) < self.solarize_p
+
+        own = 1 + change.gather(1, order)  # (n, 4): the image's weight at each place in the order
+        rest = 1 - own
+        weights = torch.stack([own, rest * (order == 1), rest * (order == 2)], 2)  # (n, 4, 3)
+        hue = (order == 3).int().argmax(1)  # its place
+        return [
+            # What an image has before its hue, the hue of all images at once, then what is left.
+            *((blend, jittered & (place < hue), weights[:, place]) for place in range(3)),
+            (adjust_hue, jittered, change[:, 3]),
+            *((blend, jittered & (place > hue), weights[:, place]) for place in range(1, 4)),
+            (lambda x: TF.rgb_to_grayscale(x, 3), grayed),
+            (gaussian_blur, blurred, sigma),
+            (lambda x: TF.solarize(x, 0.5), solarized),
+        ]
 
     def __call__(self, x):
         """x (B, 3, H0, W0) uint8 -> float32, normalized."""
@@ -528,35 +535,15 @@ def recolour(colours, views):
     size in a row are one batch, for fewer launches. Draws on the CPU, without a host sync."""
     done = []
     for _, group in itertools.groupby(zip(colours, views), lambda pair: pair[1].shape):
-        done += _recolour(*zip(*group))
+        colours_of_size, views_of_size = zip(*group)
+        x = torch.cat(views_of_size).float() / 255
+        draws = [colour.draw(len(view)) for colour, view in zip(colours_of_size, views_of_size)]
+        for steps in zip(*draws):  # the same step of each view
+            ops, chosen, *factors = zip(*steps)
+            chosen = torch.cat(chosen)
+            i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
+            if len(i):
+                factors = [torch.cat(f)[chosen].to(x.device, non_blocking=True) for f in factors]
+                x[i] = ops[0](x[i], *factors)
+        done += normalize(x).chunk(len(draws))
     return done
-
-
-def _recolour(colours, views):
-    draws = [colour.draw(len(view)) for colour, view in zip(colours, views)]
-    jittered, order, change, grayed, blurred, sigma, solarized = map(torch.cat, zip(*draws))
-    hue_place = (order == 3).int().argmax(1)
-    x = torch.cat(views).float() / 255
-
-    def apply(op, chosen, *factors):
-        i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
-        if len(i):
-            factors = [f[chosen].to(x.device, non_blocking=True) for f in factors]
-            x[i] = op(x[i], *factors)
-
-    def apply_blend(place, chosen):
-        op = order[:, place : place + 1]  # (n, 1): brightness 0, contrast 1, saturation 2
-        factor = 1 + change.gather(1, op)
-        rest = 1 - factor
-        apply(blend, chosen, torch.cat([factor, rest * (op == 1), rest * (op == 2)], 1))
-
-    # Each image has its own order: its blends before hue, then hue of all at once, then the rest.
-    for place in range(3):
-        apply_blend(place, jittered & (place < hue_place))
-    apply(adjust_hue, jittered, change[:, 3].view(-1, 1, 1, 1))
-    for place in range(1, 4):
-        apply_blend(place, jittered & (place > hue_place))
-    apply(lambda x: gray(x).expand_as(x), grayed)
-    apply(gaussian_blur, blurred, sigma)
-    apply(solarize, solarized)
-    return normalize(x).chunk(len(views))

@@ -45,7 +45,7 @@ class LARS(torch.optim.SGD):
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
         super().__init__(params, lr, momentum, fused=True)
         for group in self.param_groups:
-            group.update(decay=weight_decay, eta=eta)
+            group.update(decay=weight_decay, eta=eta)  # SGD's own decay would take biases too
 
     @torch.no_grad()
     def step(self):
@@ -84,22 +84,22 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def of_this_start(store, rank, world):
-    """torchrun's store for this start alone, without what an earlier start left in it. Each process
-    puts a new name into a list, then reads the list: all agree only on a new list."""
+def fresh_store(store, rank, world):
+    """torchrun's store without what an earlier start left in it. Each process puts a random name
+    into a list, which is this start's prefix as soon as all have read the same list."""
     store.set(f"name {rank}", os.urandom(4).hex())
-    agreed = ""
-    while not agreed or store.add(agreed, 0) < world:
+    prefix = ""
+    while not prefix or store.add(prefix, 0) < world:  # how many have read this list
         names = b"".join(store.multi_get([f"name {r}" for r in range(world)])).decode()
-        if names != agreed:
-            agreed = names
-            store.add(agreed, 1)
+        if names != prefix:
+            prefix = names
+            store.add(prefix, 1)
         time.sleep(0.02)
-    return dist.PrefixStore(agreed, store)
+    return dist.PrefixStore(prefix, store)
 
 
 def set_up(seed):
-    """Joins torchrun's process group (NCCL or gloo; none without it), seeds -> the device."""
+    """Seeds; joins torchrun's process group, if there is one (NCCL on GPUs, gloo) -> the device."""
     torch.manual_seed(seed)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -107,8 +107,8 @@ def set_up(seed):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = of_this_start(store, rank, world)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = fresh_store(store, rank, world)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # by a tensor's device
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return device
 
@@ -120,7 +120,7 @@ def distribute(model, device):
         return model, model
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.__class__ = GlobalBatchNorm  # the parameters keep their names
+            module.__class__ = GlobalBatchNorm  # parameters and their names stay
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     ddp.broadcast_buffers = False  # they stay equal by themselves
     return model, ddp
@@ -132,12 +132,13 @@ class GlobalBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     @torch.compiler.disable  # --compile leaves the collectives out
     def forward(self, x):
+        running = self.running_mean, self.running_var
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+            return F.batch_norm(x, *running, self.weight, self.bias, eps=self.eps)
         self.num_batches_tracked.add_(1)
         if x.is_cuda:
-            return BatchNormOnCUDA.apply(x, self.weight, self.bias, self)
-
+            return BatchNormOnCUDA.apply(x, self.weight, self.bias, *running, self.eps,
+                                         self.momentum, dist.group.WORLD, dist.get_world_size())
         z = x.to(self.weight.dtype).transpose(1, -1)  # (B, ..., C)
         dims = tuple(range(z.ndim - 1))
         mean = MeanOfAll.apply(z.mean(dims))  # (C,)
@@ -162,38 +163,28 @@ class MeanOfAll(torch.autograd.Function):
     backward = forward
 
 
-@functools.cache
+@functools.cache  # so that no layer launches a kernel for it
 def filled(size, number, dtype, device):
     return torch.full((size,), number, dtype=dtype, device=device)
 
 
-class BatchNormOnCUDA(torch.autograd.Function):
-    """GlobalBatchNorm by torch's fused kernels: a tenth of the launches."""
+class BatchNormOnCUDA(torch.nn.modules._functions.SyncBatchNorm):
+    """GlobalBatchNorm by fused kernels: a tenth of the launches. Only the forward pass of torch's
+    SyncBatchNorm waits for the GPU, in search of empty batches. Its backward pass is used as is."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, norm):
-        world = dist.get_world_size()
-        local = torch.cat(torch.batch_norm_stats(x, norm.eps))  # (2C,): mean, 1 / deviation
+    def forward(ctx, x, weight, bias, running_mean, running_var, eps, momentum, group, world):
+        local = torch.cat(torch.batch_norm_stats(x, eps))  # (2C,): mean, 1 / deviation
         every = local.new_empty(world * len(local))
-        dist.all_gather_into_tensor(every, local)
+        dist.all_gather_into_tensor(every, local, group)
         means, scales = every.view(world, 2, -1).unbind(1)  # (G, C) each
         number = x.numel() // x.shape[1]  # of values, in each process
         mean, scale = torch.batch_norm_gather_stats_with_counts(
-            x, means, scales, norm.running_mean, norm.running_var, norm.momentum, norm.eps,
+            x, means, scales, running_mean, running_var, momentum, eps,
             filled(world, number, local.dtype, x.device))
         ctx.save_for_backward(x, weight, mean, scale, filled(world, number, torch.int32, x.device))
-        return torch.batch_norm_elemt(x, weight, bias, mean, scale, norm.eps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, mean, scale, counts = ctx.saved_tensors
-        total, total_x, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
-            grad, x, mean, scale, weight, True, True, True)
-        totals = torch.cat([total, total_x])
-        dist.all_reduce(totals)
-        grad_x = torch.batch_norm_backward_elemt(
-            grad, x, mean, scale, weight, *totals.chunk(2), counts)
-        return grad_x, grad_weight, grad_bias, None
+        ctx.process_group = group
+        return torch.batch_norm_elemt(x, weight, bias, mean, scale, eps)
 
 
 # --- 3. Command line ------------------------------------------------------------------------------
@@ -203,6 +194,13 @@ def has_bf16():
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+
+
+def own_cores():
+    """Cores for this process's data workers, 12 at most. Without a GPU the other half computes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(12, cores if torch.cuda.is_available() else cores // 2)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -225,8 +223,6 @@ def choose_recipe(args, recipes):
 def parse_args(parser, recipes, limits):
     """The flags, with a recipe's defaults. limits: {flag: (lowest, highest)}, else 0 and more.
     Raises UserError."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     flag = parser.add_argument
     flag("--data", default="shapes", help="or cifar10, cifar100, stl10, voc, a folder of images")
     flag("--recipe", choices=recipes, help="defaults of other flags; else by --arch and --data")
@@ -242,7 +238,7 @@ def parse_args(parser, recipes, limits):
     flag("--seed", type=int, default=0, help="of all that is random")
     flag("--bf16", action=argparse.BooleanOptionalAction, help="by default where it is fast")
     flag("--compile", action="store_true", help="the backbones, by torch.compile")
-    flag("--workers", type=int, default=min(12, cores), help="data loading processes")
+    flag("--workers", type=int, default=own_cores(), help="data loading processes")
     flag("--out", default="runs", help="folder of all runs")
     flag("--name", help="this run's folder in --out")
     flag("--save-minutes", type=float, default=10, help="minutes between checkpoints")
@@ -259,12 +255,12 @@ def parse_args(parser, recipes, limits):
     args = parser.parse_args()
     counts = ("size", "epochs", "batch_size", "log_every", "max_megapixels")
     limits = dict.fromkeys(counts, (1, math.inf)) | limits
-    for name, value in vars(args).items():
-        low, high = limits.get(name, (0, math.inf))
+    for key, value in vars(args).items():
+        low, high = limits.get(key, (0, math.inf))
         values = value if isinstance(value, list) else [value]
         if any(isinstance(v, int | float) and not low <= v <= high for v in values):
-            name = name.replace("_", "-")
-            raise UserError(f"--{name} {value}: it must be at least {low} and at most {high}")
+            flag = key.replace("_", "-")
+            raise UserError(f"--{flag} {value}: it must be at least {low} and at most {high}")
     common.MAX_PIXELS = 1e6 * args.max_megapixels
     return args
 
@@ -298,10 +294,26 @@ def warn(message):
     say(f"warning: {printable(message)}", sys.stderr)
 
 
+def report(error):
+    """Says on stderr what ends this process, a bug with its traceback -> the exit code."""
+    message = str(error).rpartition("UserError: ")[2].strip()  # after a data worker's traceback
+    # torch raises the loss of a worker amid whatever this process is at.
+    lost = re.search(r"DataLoader (worker \(pid|timed out).*", f"{error} {error.__context__}")
+    if lost:
+        message = f"a data worker died or hung ({lost[0]}); try docker's --shm-size or --workers"
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # what all processes meet, the first one says: then torchrun ends all
+    if lost or isinstance(error, UserError):
+        say(f"error: {printable(message)}", sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    return 1
+
+
 @contextlib.contextmanager
-def one_line_errors():
-    """Around a main(): a UserError becomes one line on stderr, and exit code 2. Kills data workers,
-    which Python would wait for, and leaves several processes at once: torchrun ends the others."""
+def orderly_exit():
+    """Around a main(): what ends it is reported, and gives the exit code. Kills data workers, which
+    Python would wait for, and leaves several processes at once: torchrun ends the others."""
     code = 0
     try:
         yield
@@ -311,18 +323,7 @@ def one_line_errors():
         code = 130
         say("interrupted", sys.stderr)
     except BaseException as error:
-        line = str(error).rpartition("UserError: ")[2].strip()  # after a data worker's traceback
-        both = f"{error} {error.__context__}"  # torch raises it in whatever this process is at
-        lost = re.search(r"DataLoader (worker \(pid|timed out).*", both)
-        if lost:
-            line = f"a data worker died or hung ({lost[0]}); try docker's --shm-size or --workers"
-        code = 2 if lost or isinstance(error, UserError) else 1
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # what all processes meet, the first one says: then torchrun ends all
-        if code == 1:
-            traceback.print_exc()
-        else:
-            say(f"error: {printable(line)}", sys.stderr)
+        code = report(error)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
     for worker in torch.multiprocessing.active_children():
         worker.kill()
@@ -334,12 +335,12 @@ def one_line_errors():
 
 
 def launch(train, parser, recipes, **limits):
-    """train(args) with the flags of parse_args(), within one_line_errors()."""
+    """train(args) with the flags of parse_args(), within orderly_exit()."""
     def refuse(message):
         raise UserError(f"{message}; see --help")
 
     parser.error = refuse
-    with one_line_errors():
+    with orderly_exit():
         train(parse_args(parser, recipes, limits))
 
 
@@ -369,17 +370,18 @@ def write(path, save, previous=None):
         raise UserError(f"cannot write {path} ({reason}); what it held is intact") from error
 
 
-def ignore_signals(_):
-    """In data workers: a signal to the whole process group is the main process's to answer."""
+def answer_signals(handler):
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
 
 
 def data_loader(dataset, workers, **how):
-    """A DataLoader with forked workers, which share the data."""
+    """A DataLoader with forked workers, which share the data. A signal to the whole process group
+    is the main process's to answer."""
     if workers:
         how |= dict(timeout=TIMEOUT.total_seconds(), multiprocessing_context="fork")
-    how |= dict(num_workers=workers, worker_init_fn=ignore_signals)
+    how |= dict(num_workers=workers, worker_init_fn=lambda _: answer_signals(signal.SIG_IGN))
+    how |= dict(pin_memory=torch.cuda.is_available())  # copies to a GPU need not be waited for
     return torch.utils.data.DataLoader(dataset, **how)
 
 
@@ -393,22 +395,22 @@ class Run:
         self.data = data
         self.device = device
         self.rank, self.world = rank_and_world()
-        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
         self.folder = Path(args.out) / args.name
         self.step = 0
-        self.signal = 0
+        self.signal = 0  # that came
         self.broken = 0  # images that could not be read, in this process
         self.per_epoch = len(data) // args.batch_size  # steps
         self.total = args.epochs * self.per_epoch
+        self.keep_steps = args.keep_every * self.per_epoch
         if args.batch_size < 2 * self.world or args.batch_size % self.world:
-            share = f"a multiple of the {self.world} processes, 2 or more for each"
-            raise UserError(f"--batch-size {args.batch_size}: it must be {share}")
+            raise UserError(f"--batch-size {args.batch_size}: it must be a multiple of the "
+                            f"{self.world} processes, 2 or more for each")
         if not self.per_epoch:
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data)} images")
         open_data(args.data, "val", args.size)  # if it cannot be read, it is better to know it now
 
         if self.rank == 0:
-            self.claim()
+            self.claim_folder()
         self.resume()
         if args.compile:
             for name, module in model.named_modules():
@@ -416,13 +418,13 @@ class Run:
                     module.compile()  # the parameters keep their names
         if self.rank == 0:
             self.start_log()
-        for number in SIGNALS:
-            signal.signal(number, self.on_signal)
-        self.started_at = self.step
-        self.started = self.shown = self.saved = time.monotonic()
-        self.start_clock()
+            self.introduce()
+        answer_signals(self.on_signal)
+        self.first = self.logged = self.step  # since when rates are measured
+        self.started = self.logged_at = self.shown_at = self.saved_at = time.monotonic()
+        self.waited = 0.0  # seconds for data, since the last log line
 
-    def claim(self):
+    def claim_folder(self):
         """Makes the folder this run's alone. The kernel drops the lock when the process dies."""
         name = self.args.name
         if name in ("", ".", "..") or "/" in name or not name.isprintable():
@@ -439,55 +441,61 @@ class Run:
         except OSError as error:
             warn(f"cannot lock {self.folder} ({error}): start no second run in it")
 
-    def resume(self):
-        state = None
+    def newest_checkpoint(self):
+        """The newest one that is whole, or None in a new folder."""
         paths = list(filter(Path.exists, [self.folder / "last.pt", self.folder / "previous.pt"]))
         for path in paths:
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                break
+                return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever the bytes of the file make torch raise
                 warn(f"cannot read {path} ({str(error)[:80]})")
-        if paths and state is None:
+        if paths:
             raise UserError(f"no whole checkpoint in {self.folder}: give another --name")
+        return None
 
+    def resume(self):
+        """Goes on from the newest checkpoint, if its settings are those of now. UserError."""
+        state = self.newest_checkpoint()
         if self.args.bf16 is None:
             self.args.bf16 = state["args"]["bf16"] if state else has_bf16()
-        code = b"".join(Path(file).read_bytes()
-                        for file in (inspect.getfile(type(self.model)), common.__file__, __file__))
-        self.settings = {**vars(self.args), "images": len(self.data),
-                         "classes": len(self.data.classes),
-                         "digest": self.data.digest(),  # another --data may be the same data
-                         "code": hashlib.sha256(code).hexdigest()[:12]}
-        now = {key: value for key, value in self.settings.items() if key not in FREE}
-        if state is not None:
+        method = inspect.getfile(type(self.model))
+        code = b"".join(Path(file).read_bytes() for file in (method, common.__file__, __file__))
+        self.settings = vars(self.args) | {
+            "images": len(self.data),
+            "digest": self.data.digest(),  # another --data may be the same data
+            "code": hashlib.sha256(code).hexdigest()[:12],
+        }
+        fixed = {key: value for key, value in self.settings.items() if key not in FREE}
+        if state:
             then = state["args"]
             if then.get("code") != self.settings["code"]:
                 warn("the method's file, common.py or training.py has changed since the checkpoint")
             differ = [f"{key.replace('_', '-')} {then[key]} (now {value})"
-                      for key, value in now.items() if then.get(key, value) != value]
+                      for key, value in fixed.items() if then.get(key, value) != value]
             if differ:
                 raise UserError(f"{self.folder} has {', '.join(differ)}: give another --name")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
         if self.world > 1:
-            seen = [None] * self.world
-            dist.all_gather_object(seen, (self.step, now), group=self.control)
-            if any(other != seen[0] for other in seen):
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, (self.step, fixed))
+            if any(other != everyone[0] for other in everyone):
                 raise UserError("the processes differ in their checkpoint, arguments or images")
 
     def start_log(self):
-        """Opens log.jsonl without the lines of steps that a crash undid; prints the settings."""
+        """Opens log.jsonl without the lines of steps that a crash undid, and writes backbone.json:
+        what backbone.pt does not say of itself."""
         path = self.folder / "log.jsonl"
         text = path.read_bytes() if path.exists() else b""
         lines = re.finditer(rb'^{"step": (\d+), .*}\n', text, re.MULTILINE)
         write(path, lambda file: file.writelines(x[0] for x in lines if int(x[1]) <= self.step))
         self.log_file = open(path, "a")
-        about = {key: self.settings[key] for key in ("arch", "size", "data", "bf16")}
-        about = json.dumps(about).encode()  # what backbone.pt does not say of itself
-        write(self.folder / "backbone.json", lambda file: file.write(about))
+        settings = json.dumps(self.settings).encode()
+        write(self.folder / "backbone.json", lambda file: file.write(settings))
 
+    def introduce(self):
+        """Says the settings, where the run stands, and what may not be as it was meant."""
         for key, value in self.settings.items():
             say(f"  {key:20} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
@@ -504,16 +512,16 @@ class Run:
 
     def on_signal(self, number, frame):
         self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends the run
         if number == signal.SIGINT:
             say("saving after this step; again to quit now")
 
     def batches(self, sample):
         """Yields a Batch on the device for each step left, and seeds it. sample: see Views."""
-        seed, size = self.args.seed, self.args.batch_size
-        order = Batches(len(self.data), size, self.step, self.total, seed, self.rank, self.world)
-        loader = data_loader(Views(self.data, sample, seed), self.args.workers, batch_sampler=order,
-                             pin_memory=self.device.type == "cuda")
+        seed = self.args.seed
+        order = Batches(len(self.data), self.args.batch_size, self.step, self.total, seed,
+                        self.rank, self.world)
+        loader = data_loader(Views(self.data, sample, seed), self.args.workers, batch_sampler=order)
         seen = 0
         asked = time.monotonic()
         for batch in loader:
@@ -523,7 +531,7 @@ class Run:
             if self.broken > 10 + 0.01 * seen:
                 raise UserError(f"{self.broken} of {seen} images could not be read, over 1%: mend "
                                 "or remove those that the warnings name")
-            torch.manual_seed(seed_of(seed, self.step, self.rank, 1))
+            torch.manual_seed(seed_of(seed, self.step, self.rank, 1))  # 1: not the seed of a view
             views = [view.to(self.device, non_blocking=True) for view in batch.views]
             yield Batch(views, *[t.to(self.device, non_blocking=True) for t in batch[1:]])
             asked = time.monotonic()
@@ -537,16 +545,10 @@ class Run:
             group["lr"] = lr
         return lr
 
-    def start_clock(self):
-        self.waited = 0.0  # seconds for data since then
-        self.clock = time.monotonic()
-        self.timed = 0  # steps since then
-
     def log(self, **metrics):
         """A line in log.jsonl and on the screen, every --log-every steps and at the last. metrics:
         numbers or 0-d tensors, averaged over processes. UserError where the loss is not finite."""
         step = self.step + 1
-        self.timed += 1
         if step % self.args.log_every and step != self.total:
             return
         metrics["broken"] = self.broken * self.world  # so that their mean is the sum
@@ -555,21 +557,23 @@ class Run:
         if self.world > 1:
             dist.all_reduce(values)
         terms = dict(zip(metrics, (values / self.world).tolist()))
-        seconds = time.monotonic() - self.clock
-        rate = self.timed / seconds  # steps a second
         line = dict(step=step, epoch=step / self.per_epoch, **terms)
         shown = [f"{name}={value:.4g}" for name, value in line.items() if value]
-        line |= dict(wait=self.waited / seconds, images_per_s=rate * self.args.batch_size,
-                     minutes_left=(self.total - step) / rate / 60,
-                     memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        self.start_clock()
         if not math.isfinite(terms["loss"]):
             raise UserError(f"NaN or infinity ({', '.join(shown)}): {CURE}")
 
+        now = time.monotonic()
+        seconds = now - self.logged_at
+        rate = (step - self.logged) / seconds  # steps a second
+        line |= dict(wait=self.waited / seconds, images_per_s=rate * self.args.batch_size,
+                     minutes_left=(self.total - step) / rate / 60,
+                     memory_gb=torch.cuda.max_memory_allocated() / 1e9)
+        self.logged = step
+        self.logged_at = now
+        self.waited = 0.0
         if self.rank == 0:
             try:
-                self.log_file.write(json.dumps(line) + "\n")
-                self.log_file.flush()
+                print(json.dumps(line), file=self.log_file, flush=True)
             except OSError as error:  # the line stays in the buffer, to go out with a later one
                 warn(f"cannot write to {self.folder / 'log.jsonl'} ({error})")
             say(textwrap.fill("  ".join(shown), 118, subsequent_indent="  "))
@@ -578,10 +582,10 @@ class Run:
         """How far the run is: on a terminal a line that renews itself, else one every 10 s."""
         now = time.monotonic()
         terminal = sys.stdout.isatty()
-        if now - self.shown < (0.2 if terminal else 10) and self.step > self.started_at + 1:
+        if now - self.shown_at < (0.2 if terminal else 10) and self.step > self.first + 1:
             return
-        self.shown = now
-        rate = (self.step - self.started_at) / (now - self.started)  # steps a second
+        self.shown_at = now
+        rate = (self.step - self.first) / (now - self.started)  # steps a second
         left = (self.total - self.step) / rate / 60
         done = 20 * self.step // self.total
         say(f"[{done * '#':20}] step {self.step} of {self.total}, "
@@ -591,48 +595,41 @@ class Run:
     def end_step(self):
         """Counts the step. Saves where it is time to, and on a signal, which then ends the run."""
         self.step += 1
-        last = self.step == self.total
         if self.rank == 0:
             self.show_progress()
-            self.keep()
-        wish = self.signal or int(time.monotonic() - self.saved >= 60 * self.args.save_minutes)
+        last = self.step == self.total
+        kept = self.keep_steps and self.step % self.keep_steps == 0
+        if self.world > 1 and self.step % VOTE_EVERY and not last and not kept:
+            return
+        due = last or kept or time.monotonic() - self.saved_at >= 60 * self.args.save_minutes
+        votes = torch.tensor([self.signal, due])
         if self.world > 1:
-            if self.step % VOTE_EVERY and not last:
-                return
-            vote = torch.tensor(wish)  # so that all save or stop at one step
-            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control)
-            wish = int(vote)
-        if wish or last:
-            self.save(must=wish > 1 or last)
-        if wish > 1:
-            name = signal.Signals(wish).name
-            say(f"{name}: saved at step {self.step}; the same command resumes")
+            dist.all_reduce(votes, dist.ReduceOp.MAX)  # so that all save or stop at one step
+        stop, due = votes.tolist()
+        if stop or due:
+            self.save(kept, must=stop or last)
+        if stop:
+            say(f"{signal.Signals(stop).name}: saved at step {self.step}; the same command resumes")
             sys.exit(0)
 
-    def keep(self):
-        """backbone-EPOCH.pt, every --keep-every epochs."""
-        epoch, rest = divmod(self.step, self.per_epoch)
-        if self.args.keep_every and not rest and epoch % self.args.keep_every == 0:
-            try:
-                write(self.folder / f"backbone-{epoch}.pt", self.write_backbone)
-            except UserError as error:
-                warn(error)  # as of a checkpoint: a full disk does not end the run
-
-    def write_backbone(self, file):
-        torch.save(self.model.backbone.state_dict(), file)
-
-    def save(self, must):
-        """last.pt and backbone.pt, if all is finite. A failure to write is fatal if `must`."""
-        self.saved = time.monotonic()
+    def save(self, kept, must):
+        """last.pt and backbone.pt, the latter also under its epoch if `kept`, where all is finite.
+        A failure to write is fatal if `must`."""
+        self.saved_at = time.monotonic()
         model = self.model.state_dict()
         if not all(t.isfinite().all() for t in model.values() if t.is_floating_point()):
             raise UserError(f"NaN or infinity in the weights of step {self.step}: {CURE}")
         if self.rank:
             return
+        names = ["backbone.pt"]
+        if kept:
+            names.append(f"backbone-{self.step // self.per_epoch}.pt")
+        backbone = self.model.backbone.state_dict()
         optimizer = self.optimizer.state_dict()
         state = dict(step=self.step, model=model, optimizer=optimizer, args=self.settings)
         try:
-            write(self.folder / "backbone.pt", self.write_backbone)
+            for name in names:
+                write(self.folder / name, lambda file: torch.save(backbone, file))
             write(self.folder / "last.pt", lambda file: torch.save(state, file), "previous.pt")
         except UserError as error:
             if must:
@@ -642,26 +639,26 @@ class Run:
     def finish(self, *protocols, figure="curves"):
         """Evaluates the backbone and draws a figure, in commands of their own: `python -m evaluate
         PROTOCOL ...`, `python visualize.py FIGURE ...`; or says how where it cannot be done."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        answer_signals(signal.SIG_DFL)
         if self.rank:
             return
         here = Path(__file__).resolve().parent
         env = {**os.environ, "WORLD_SIZE": "1", "PYTHONPATH": str(here)}
         folder = str(self.folder)
+        labels = bool(self.data.classes)
         for protocol in protocols:
             command = ["-m", "evaluate", *protocol.split(), "--checkpoint", folder, "--baseline"]
-            if (here / "evaluate").is_dir() and (self.data.classes or protocol == "correspond"):
+            if (here / "evaluate").is_dir() and (labels or protocol == "correspond"):
                 subprocess.run([sys.executable, *command], env=env, check=False)
             else:
-                why = "needs the folder evaluate/" if self.data.classes else "needs labels"
+                why = "needs the folder evaluate/" if labels else "needs labels"
                 say(f"{protocol} {why}: python {' '.join(command)}")
         script = here / "visualize.py"
         if script.exists() and importlib.util.find_spec("matplotlib"):
             picture = self.folder / f"{figure.split()[0]}.png"
             command = [str(script), *figure.split(), folder, "--out", str(picture)]
             subprocess.run([sys.executable, *command], env=env, check=False)
-        protocol = "linear" if self.data.classes else "features --out x.npy"
+        protocol = "linear" if labels else "features --out x.npy"
         say(f"{folder} holds backbone.pt (weights), last.pt (to go on), log.jsonl. Next:\n"
             f"  python -m evaluate {protocol} --checkpoint {folder}\n"
             f"  python visualize.py curves {folder}")

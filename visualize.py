@@ -279,8 +279,7 @@ def objects(args, data, backbone, batch_size=32):
         show(ax, painted, f"view {v + 1}")
         for o in range(own):
             inside = masks[o, v].nonzero() / args.size  # (n, 2)
-            offset = inside - inside.mean(0)
-            middle = offset.norm(dim=1).argmin()
+            middle = (inside - inside.mean(0)).norm(dim=1).argmin()
             mark(ax, inside[middle], o + 1)
     for o in range(own):
         style = RIGHT if closed[o] else WRONG
@@ -415,10 +414,9 @@ def detections(args, data, backbone, least=0.3):
         (found,) = detector([image.to(args.device) / 255])
         kept = found["scores"] >= least
         found = {name: x[kept].cpu() for name, x in found.items()}
-        _, _, verdicts, *_ = detect.judge("boxes", found, truth)
-        right = verdicts[:, 0, 0]  # (n,): of all sizes, at an IoU of 0.5
+        verdicts = detect.judge("boxes", found, truth)[2]  # (n, A, T)
         show_objects(above, f"image {index}", image, truth, data.classes, truth["labels"])
-        show_objects(below, "found", image, found, data.classes, right)
+        show_objects(below, "found", image, found, data.classes, verdicts[:, 0, 0])  # as in AP50
     return figure
 
 
@@ -536,7 +534,7 @@ def draw(args):
 
 @torch.no_grad()
 def main():
-    with training.one_line_errors():
+    with training.orderly_exit():
         args = parse_args()
         figure = draw(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 import contextlib
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -49,12 +48,12 @@ def read_checkpoint(path):
 
 def from_torchvision_vit(key):
     """torchvision's names of a ViT's parameters -> DINO's and timm's, which are ours."""
-    key = re.sub(r"encoder\.layers\.encoder_layer_(\d+)", r"blocks.\1", key)
     names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed",
-             "conv_proj": "patch_embed.proj", "encoder.ln": "norm", "ln_1": "norm1",
-             "ln_2": "norm2", "self_attention.in_proj_": "attn.qkv.",
-             "self_attention.out_proj": "attn.proj", "mlp.linear_1": "mlp.fc1",
-             "mlp.linear_2": "mlp.fc2", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
+             "conv_proj": "patch_embed.proj", "encoder.layers.encoder_layer_": "blocks.",
+             "encoder.ln": "norm", "ln_1": "norm1", "ln_2": "norm2",
+             "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj",
+             "mlp.linear_1": "mlp.fc1", "mlp.linear_2": "mlp.fc2", "mlp.0": "mlp.fc1",
+             "mlp.3": "mlp.fc2"}
     for theirs, ours in names.items():
         key = key.replace(theirs, ours)
     return key
@@ -62,28 +61,27 @@ def from_torchvision_vit(key):
 
 def from_convnext(key):
     """ConvNeXt's names by its authors, which are VICRegL's, and by timm -> torchvision's."""
-    key = re.sub(r"^stem\.", "downsample_layers.0.", key)  # timm's names -> the authors'
-    key = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key)
-    key = re.sub(r"^stages\.(\d)\.blocks\.", r"stages.\1.", key)
-    key = re.sub(r"^(head\.)?norm\.", "classifier.0.", key)
-    # the authors' -> torchvision's: stem, stage, downsampling, stage, ...
-    key = re.sub(r"^downsample_layers\.(\d)", lambda m: f"features.{2 * int(m[1])}", key)
-    key = re.sub(r"^stages\.(\d)", lambda m: f"features.{2 * int(m[1]) + 1}", key)
-    names = {"dwconv": "block.0", "conv_dw": "block.0", "norm": "block.2", "pwconv1": "block.3",
-             "mlp.fc1": "block.3", "pwconv2": "block.5", "mlp.fc2": "block.5",
-             "gamma": "layer_scale"}
+    if key.startswith("norm."):  # the last one, not a block's
+        return key.replace("norm.", "classifier.0.")
+    names = {"head.norm.": "classifier.0.", "stem.": "features.0."}
+    for i in range(4):  # in torchvision's features: stem, stage, downsampling, stage, ...
+        names[f"downsample_layers.{i}."] = f"features.{2 * i}."
+        names[f"stages.{i}.downsample."] = f"features.{2 * i}."
+        names[f"stages.{i}.blocks."] = f"features.{2 * i + 1}."
+        names[f"stages.{i}."] = f"features.{2 * i + 1}."
+    names |= {"dwconv": "block.0", "conv_dw": "block.0", "norm": "block.2", "pwconv1": "block.3",
+              "mlp.fc1": "block.3", "pwconv2": "block.5", "mlp.fc2": "block.5",
+              "gamma": "layer_scale"}
     for theirs, ours in names.items():
-        key = re.sub(rf"^(features\.\d\.\d+)\.{theirs}\b", rf"\1.{ours}", key)
+        key = key.replace(theirs, ours)
     return key
 
 
 def backbone_state(state, arch):
     """The backbone's parameters in a checkpoint under our names: of the teacher, if there is one,
     without prefixes and heads."""
-    for part in ("teacher", "model", "state_dict"):
-        if isinstance(state.get(part), dict):
-            state = state[part]
-            break
+    parts = [state.get(name) for name in ("teacher", "model", "state_dict")]
+    state = next((part for part in parts if isinstance(part, dict)), state)
     state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
     for key, value in state.items():
         dense = value.layout == torch.strided and value.is_cpu and not value.is_quantized

@@ -102,7 +102,10 @@ if asked evaluations; then
     part linear 40 $PY -m evaluate linear --checkpoint "$run" --no-augment --epochs 2
     part correspond 40 $PY -m evaluate correspond --checkpoint "$run"
     part fewshot 40 $PY -m evaluate fewshot --checkpoint "$run"
-    [ "$GPU" = 0 ] || part segment 40 $PY -m evaluate segment --checkpoint "$run" --steps 50
+    if [ "$GPU" = 1 ]; then
+        part segment 40 $PY -m evaluate segment --checkpoint "$run" --steps 50
+        part retrieve 40 $PY -m evaluate retrieve --checkpoint "$run" --subsample 128
+    fi
 fi
 
 # images/s, the share of the matrix product's FLOP/s, memory.

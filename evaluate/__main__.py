@@ -23,24 +23,13 @@ from pathlib import Path
 import torch
 
 import common
+import evaluate.export as export
 import training
-from evaluate import (
-    bag,
-    clusters,
-    correspond,
-    detect,
-    export,
-    fewshot,
-    knn,
-    linear,
-    retrieve,
-    segment,
-)
+from evaluate import bag, clusters, correspond, detect, fewshot, knn, linear, retrieve, segment
 from evaluate.features import add_flags, load, say, untrained
 
-PROTOCOLS = dict(features=export, knn=knn, linear=linear, fewshot=fewshot, segment=segment,
-                 retrieve=retrieve, clusters=clusters, correspond=correspond, bag=bag,
-                 detect=detect)
+PROTOCOLS = dict(features=export, knn=knn, linear=linear, fewshot=fewshot, bag=bag, detect=detect,
+                 segment=segment, retrieve=retrieve, clusters=clusters, correspond=correspond)
 LOWEST = dict(workers=0, lr=0, patch_scale=0.001, void=0, labels=0)  # of all other numbers: 1
 HIGHEST = dict(workers=1024, size=4096, patch_scale=1, void=255)
 
@@ -62,8 +51,6 @@ def check(args, lowest, highest):
 
 
 def parse_args():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("python -m evaluate", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
@@ -74,7 +61,7 @@ def parse_args():
         flag = command.add_argument
         add_flags(flag)
         flag("--bf16", action=argparse.BooleanOptionalAction, help="by default as in the run")
-        flag("--workers", type=int, default=min(12, cores), help="data loading processes")
+        flag("--workers", type=int, default=training.own_cores(), help="data loading processes")
         if protocol is not export:
             flag("--baseline", action="store_true", help="the untrained network too, in more rows")
         if hasattr(protocol, "add_flags"):
@@ -133,9 +120,10 @@ def evaluate(args):
 
 
 def main():
-    with training.one_line_errors():
+    with training.orderly_exit():
         args = parse_args()
         args.device = training.set_up(seed=0)
+        torch.set_float32_matmul_precision("high")  # on a GPU TF32, to 1e-3; a CPU has none
         title, rows = evaluate(args)
         if training.rank_and_world()[0] or not rows:
             return

@@ -24,7 +24,7 @@ import common
 import training
 import weights
 from evaluate.features import all_features, features, labelled, open_labelled, percent, whole_view
-from evaluate.knn import nearest_of_all, vote
+from evaluate.knn import nearest_rows, vote
 from evaluate.linear import LRS, accuracies, fit_on_kept
 
 NAME = "bags"
@@ -98,8 +98,8 @@ def measure(backbone, data, names, args, whole=None, **how):
         first += width
         q = queries[:, columns]
         chunks = kept if args.linear else features(backbone, train, args, **how)
-        memory = (labelled(rows[:, columns], found) for rows, found, *_ in chunks)
-        predicted = vote(*nearest_of_all(q, memory, 20), len(train.classes))
+        memory = ((*labelled(rows[:, columns], found), [0]) for rows, found, *_ in chunks)
+        predicted = vote(*next(nearest_rows(q, memory, 20)), len(train.classes))
         row = {"20-NN": percent(predicted == targets), "linear": None, "cosine": None}
         if args.linear:
             heads = fit_on_kept(y[:, columns], labels, len(train.classes), args)

@@ -174,8 +174,7 @@ def read_batches(data, view, args, batch_size):
     chunks = torch.arange(len(data)).split(batch_size)[rank::world]
     views = Stacked(data, lambda image: view(image, size=args.size), seed=0)
     keys = [chunk.tolist() for chunk in chunks]
-    loader = training.data_loader(views, args.workers, batch_sampler=keys,
-                                  pin_memory=args.device.type == "cuda")
+    loader = training.data_loader(views, args.workers, batch_sampler=keys)
     for index, batch in progress(zip(chunks, loader), len(chunks), f"{len(data)} images"):
         if batch.broken.any():  # another image has taken the place of a broken one
             training.warn(f"{int(batch.broken.sum())} such image(s) have no part in the result")

@@ -2,7 +2,6 @@
 import statistics
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -54,14 +53,12 @@ def fit(model, batches, total, lrs, backbone_lr, optimizer, schedule, device):
     for step, (x, target) in enumerate(progress(batches, total, f"{total} steps")):
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * schedule(step / total)
+        target = target.to(device, non_blocking=True)
         losses = torch.stack([cross_entropy(logits, target) for logits in ddp(x)])
         optimizer.zero_grad()
         losses.sum().backward()  # each head's gradient is its own: they share no parameter
         optimizer.step()
 
-    if dist.is_initialized():  # BatchNorm's statistics on the CPU are each process's own
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
     model.eval()
 
 

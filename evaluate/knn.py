@@ -17,47 +17,46 @@ NAME = "k-NN"
 prepare = open_labelled
 
 
-def nearest_rows(queries, chunks, k, tile=8192):
-    """The k largest cosine similarities of queries (n, D) to rows, and the rows' labels: (n, k).
+def keep_nearest(best, best_labels, similarity, labels):
+    """Puts the k largest of best (b, k) and similarity (b, m), in order, into best, and the labels
+    (m,) of the latter into best_labels (b, k)."""
+    better = similarity.amax(1) > best[:, -1]  # few queries, once many rows were seen
+    better = better.nonzero().flatten()  # (b',)
+    candidates = torch.cat([best[better], similarity[better]], 1)  # (b', k + m)
+    new_labels = labels.expand(len(better), -1)
+    candidate_labels = torch.cat([best_labels[better], new_labels], 1)
+    best[better], i = candidates.topk(best.shape[1])
+    best_labels[better] = candidate_labels.gather(1, i)
 
-    chunks: an iterable of (rows (m, D), labels (m,)). No more than tile x m similarities exist at a
-    time. Where there are fewer than k rows, -inf and -1 fill up.
+
+def nearest_rows(queries, chunks, k, trials=1):
+    """Yields for each trial the k largest cosine similarities of queries (n, D), which are the same
+    on all processes, to the rows of all processes, and the rows' labels: (n, k).
+
+    chunks: an iterable of (rows (m, D), labels (m,), numbers of the trials that have them). Where
+    there are fewer than k rows, -inf and -1 fill up.
     """
     queries = F.normalize(queries, dim=1)
-    best = queries.new_full((len(queries), k), -torch.inf)
-    best_labels = torch.full((len(queries), k), -1, device=queries.device)
-    for rows, labels in chunks:
+    shape = (trials, len(queries), k)
+    best = queries.new_full(shape, -torch.inf)
+    best_labels = torch.full(shape, -1, device=queries.device)
+    held = 2**22 if queries.device.type == "cpu" else 2**27  # similarities: a CPU's cache
+    for rows, labels, members in chunks:
+        if not len(rows):
+            continue
         rows = F.normalize(rows, dim=1)
+        tile = max(1, held // len(rows))
         for start in range(0, len(queries), tile):
             part = slice(start, start + tile)
             similarity = queries[part] @ rows.T  # (tile, D) (D, m) -> (tile, m)
-            similarity, i = similarity.topk(min(k, len(labels)))  # (tile, k)
-            candidates = torch.cat([best[part], similarity], 1)  # (tile, 2k)
-            candidate_labels = torch.cat([best_labels[part], labels[i]], 1)
-            best[part], j = candidates.topk(k)
-            best_labels[part] = candidate_labels.gather(1, j)
-    return best, best_labels
+            for trial in members:
+                keep_nearest(best[trial, part], best_labels[trial, part], similarity, labels)
 
-
-def merged(chunks, least=4096):
-    """The same rows and labels in chunks of `least` rows or more: topk is faster on long rows."""
-    held = []
-    for chunk in chunks:
-        held.append(chunk)
-        if sum(len(labels) for _, labels in held) >= least:
-            yield [torch.cat(parts) for parts in zip(*held)]
-            held = []
-    if held:
-        yield [torch.cat(parts) for parts in zip(*held)]
-
-
-def nearest_of_all(queries, chunks, k):
-    """nearest_rows() for queries that all processes hold, among the chunks of all processes."""
-    similarity, labels = nearest_rows(queries, merged(chunks), k)
-    similarity = concatenated(similarity, dim=1)  # (n, G k)
-    labels = concatenated(labels, dim=1)
-    similarity, i = similarity.topk(k)
-    return similarity, labels.gather(1, i)
+    for similarity, labels in zip(best, best_labels):
+        similarity = concatenated(similarity, dim=1)  # (n, G k)
+        labels = concatenated(labels, dim=1)
+        similarity, i = similarity.topk(k)
+        yield similarity, labels.gather(1, i)
 
 
 def vote(similarity, labels, num_classes, temperature=None):
@@ -77,8 +76,8 @@ def run(backbone, data, args, ks=(20, 200), temperature=0.07):
     train, val = data
     queries, targets, _ = all_features(backbone, val, args)
     shares = features(backbone, train, args)
-    memory = (labelled(y, labels) for y, labels, _ in shares)
-    similarity, labels = nearest_of_all(queries, memory, max(ks))
+    memory = ((*labelled(y, labels), [0]) for y, labels, _ in shares)
+    similarity, labels = next(nearest_rows(queries, memory, max(ks)))
     row = {}
     for k in ks:
         for name, t in ((f"{k}-NN", None), (f"{k}-NN weighted", temperature)):

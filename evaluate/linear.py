@@ -9,7 +9,7 @@ Or --finetune --labels 0.01 (or 0.1): with 1% of the labels, and the backbone is
 
 Differences
  1. The 1% and 10% are drawn here, the same share of each class; the paper uses SimCLR's lists.
- 2. Unsaid: momentum 0.9. On the CPU, BatchNorm that is trained has each process's statistics.
+ 2. Unsaid: momentum 0.9. BatchNorm that is trained has the statistics of all processes.
 """
 import functools
 
@@ -109,8 +109,7 @@ def fit_on_images(backbone, train, args):
     views = common.Views(train, lambda image: train_view(image, args.size), seed=0)
     order = shuffled(chosen, total, args)
     loaded = training.data_loader(views, args.workers, batch_sampler=order)
-    device = args.device
-    batches = ((to_input(b.views[0], device), b.labels.to(device)) for b in loaded)
+    batches = ((to_input(b.views[0], args.device), b.labels) for b in loaded)
     heads = classifiers(backbone.dim, len(train.classes), len(args.lr))
     model = Heads(backbone, features.pooled, heads, args.finetune, args.bf16)
     if args.finetune:

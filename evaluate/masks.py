@@ -136,6 +136,6 @@ class Whole(torch.utils.data.Dataset):
 def whole_images(data, indices, size, stride, args, what="validation images"):
     """Yields a backbone's inputs (1, 3, h, w) and masks (H0, W0), one image at a time."""
     pairs = training.data_loader(Whole(data, size, stride), args.workers, batch_size=None,
-                                 sampler=indices, pin_memory=args.device.type == "cuda")
+                                 sampler=indices)
     for image, mask in progress(pairs, len(indices), what):
         yield to_input(image[None], args.device), mask.to(args.device, non_blocking=True)

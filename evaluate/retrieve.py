@@ -12,8 +12,8 @@ masks, in their own size, with the class of their patch.
 Differences
  1. Unsaid in the paper: the vote is unweighted, the distance cosine, and void left out: a patch has
     the class of most of its other pixels, and one of nothing but void is left out.
- 2. Neighbors are exact: the training patches are computed anew for each draw and for each --chunk
-    of validation images, and never kept. The deviation over draws is that of a sample (n - 1).
+ 2. Neighbors are exact: the training patches are computed anew for each --chunk of validation
+    images, and never kept. The deviation over draws is that of a sample (n - 1).
 """
 import math
 import typing
@@ -24,7 +24,7 @@ import torch
 import training
 from evaluate.features import concatenated, summed
 from evaluate.heads import confusion, mean_iou
-from evaluate.knn import nearest_of_all, vote
+from evaluate.knn import nearest_rows, vote
 from evaluate.masks import mask_flags, open_masks, whole_images
 
 NAME = "retrieval"
@@ -36,7 +36,7 @@ def add_flags(flag):
     flag("--subsample", type=int, nargs="+", default=[1, 8, 64, 128],
          help="one of so many training images is used")
     flag("--runs", type=int, default=5, help="draws of these images")
-    flag("--chunk", type=int, default=1000, help="validation images held in memory at a time")
+    flag("--chunk", type=int, default=300, help="validation images at a time: 10 kB a patch")
 
 
 class Patches(typing.NamedTuple):
@@ -75,16 +75,22 @@ def patches(backbone, data, indices, args, what="validation images"):
         yield Patches(maps[0].flatten(1).T, labels, mask, cell)
 
 
-def memory(backbone, train, factor, draw, args):
-    """Yields the features (n, D) and labels (n,) of patches of this process's images of a draw."""
+def draw_images(total, factor, draw):
+    """Which (total,) of the training images, one of `factor`, are used."""
+    order = np.random.default_rng((factor, draw)).permutation(total)
+    return order.argsort() < math.ceil(total / factor)  # the first so many in this order
+
+
+def memory(backbone, train, trials, args):
+    """Yields the features (n, D) and labels (n,) of patches of this process's training images, an
+    image at a time, and the numbers of the trials that use it."""
     rank, world = training.rank_and_world()
-    order = np.random.default_rng((factor, draw)).permutation(len(train))
-    count = math.ceil(len(train) / factor)
-    mine = order[:count][rank::world].tolist()
-    what = f"1/{factor} of the training images, draw {draw + 1}"
-    for image in patches(backbone, train, mine, args, what):
+    used = np.stack([draw_images(len(train), *trial) for trial in trials])  # (trials, images)
+    mine = np.flatnonzero(used.any(0))[rank::world]
+    images = patches(backbone, train, mine.tolist(), args, "training images")
+    for index, image in zip(mine, images):
         known = image.labels >= 0
-        yield image.features[known], image.labels[known]
+        yield image.features[known], image.labels[known], np.flatnonzero(used[:, index])
 
 
 def add_chunk(counts, trials, backbone, data, indices, args, k):
@@ -99,9 +105,9 @@ def add_chunk(counts, trials, backbone, data, indices, args, k):
     queries = concatenated(own)
     owner = concatenated(torch.full((len(own),), rank, device=args.device))
 
-    for count, (factor, draw) in zip(counts, trials):
-        rows = memory(backbone, train, factor, draw, args)
-        similarity, labels = nearest_of_all(queries, rows, k)
+    rows = memory(backbone, train, trials, args)
+    found = nearest_rows(queries, rows, k, len(trials))
+    for count, (similarity, labels) in zip(counts, found):
         predicted = vote(similarity, labels, c)[owner == rank]
         for part, image in zip(predicted.split(sizes), images):
             count[0] += confusion(part, image.labels, c)

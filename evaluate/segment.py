@@ -17,8 +17,7 @@ Not as in mmsegmentation
     stride 480. A class that is predicted but in no mask counts as an IoU of 0 there, not here.
  4. FCN: two convolutions of a quarter of the features' width, without a skip connection.
 Not as in the papers: the defaults are VICRegL's, on VOC's 1,464 training images (they may have more
-masks). CrIBo: 80,000 steps, Adam with 8e-4, 3e-4, 1e-4, 8e-5; LC-loss: 20,000; ADE20K: 160,000. On
-the CPU, BatchNorm that is trained here has each process's own statistics.
+masks). CrIBo: 80,000 steps, Adam with 8e-4, 3e-4, 1e-4, 8e-5; LC-loss: 20,000; ADE20K: 160,000.
 """
 import copy
 import functools
@@ -92,7 +91,7 @@ def train_heads(backbone, read, train, lrs, optimizer, args):
     model = Heads(copy.deepcopy(backbone), read, heads, args.finetune, args.bf16)
     order = shuffled(range(len(train)), args.steps, args)
     crops = training.data_loader(Crops(train, args.size), args.workers, batch_sampler=order)
-    batches = ((to_input(x, args.device), mask.to(args.device)) for x, mask in crops)
+    batches = ((to_input(x, args.device), mask) for x, mask in crops)
     backbone_lr = lrs[0] if args.finetune else None
     fit(model, batches, args.steps, lrs, backbone_lr, optimizer,
         lambda progress: (1 - progress) ** 0.9, args.device)

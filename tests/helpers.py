@@ -243,7 +243,7 @@ def run_in_pool(rank, world, method, args, prepare=None):
     undo = prepare[0](*prepare[1:]) if prepare else None
     ended = []
     training.Run.finish = lambda self, *protocols, **_: ended.append(self)
-    training.one_line_errors = contextlib.nullcontext  # it would end the process
+    training.orderly_exit = contextlib.nullcontext  # it would end the process
     said = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):

@@ -1,7 +1,6 @@
 """common.py, shapes.py, weights.py: backbones and colours against torchvision; data and its faults.
 """
 import io
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -407,7 +406,7 @@ def test_jitter_is_torchvisions(number):
     weights = torch.stack([factor, rest * (number == 1), rest * (number == 2)], 1)
     ours = common.blend(x, weights)
     if name == "hue":
-        ours = common.adjust_hue(x, factor.view(-1, 1, 1, 1))
+        ours = common.adjust_hue(x, factor)
     adjust = getattr(TF, f"adjust_{name}")
     theirs = torch.stack([adjust(image, f.item()) for image, f in zip(x, factor)])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
@@ -423,12 +422,11 @@ def test_blur_is_torchvisions(size):
 
 
 def test_grayscale_solarize_normalize_are_torchvisions():
-    x = torch.rand(4, 3, 9, 9)
-    gray = common.gray(x).expand_as(x)
+    x = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    torch.testing.assert_close(gray, TF.rgb_to_grayscale(x, 3), rtol=0, atol=1e-6)
-    torch.testing.assert_close(common.solarize(x), TF.solarize(x, 0.5))
-    torch.testing.assert_close(common.normalize(x), TF.normalize(x, mean, std))
+    theirs = TF.normalize(TF.solarize(TF.rgb_to_grayscale(x / 255, 3), 0.5), mean, std)
+    ours = common.Photometric(jitter_p=0, gray_p=1, solarize_p=1)(x)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_photometric_draws_once_a_sample():
@@ -467,32 +465,46 @@ def test_blur_is_in_proportion_to_the_size(monkeypatch):
     torch.testing.assert_close(sigma[1], sigma[0] / 4)
 
 
-def test_jitter_draws_colorjitters_range_in_random_order():
-    strengths = (0.4, 0.3, 0.2, 0.1)
+STRENGTHS = (0.4, 0.3, 0.2, 0.1)  # of brightness, contrast, saturation, hue
+
+
+def jitter_of(n):
+    """What draw(n) draws first after torch.manual_seed(0): the order and the change by each."""
     torch.manual_seed(0)
-    _, order, change, *_ = common.Photometric(strengths).draw(2000)
-    for number, strength in enumerate(strengths):
+    torch.rand(n)
+    order = torch.rand(n, 4).argsort(1)
+    return order, torch.tensor(STRENGTHS) * (2 * torch.rand(n, 4) - 1)
+
+
+def test_jitter_draws_colorjitters_range_in_random_order():
+    order, change = jitter_of(2000)
+    torch.manual_seed(0)
+    steps = common.Photometric(STRENGTHS).draw(2000)
+    own = torch.stack([steps[k][2][:, 0] for k in (0, 1, 2)], 1)  # weights at the first places
+    torch.testing.assert_close(own, (1 + change.gather(1, order))[:, :3])
+    torch.testing.assert_close(steps[3][2], change[:, 3])
+    for number, strength in enumerate(STRENGTHS):
         assert -strength <= change[:, number].min() < -0.98 * strength
         assert 0.98 * strength < change[:, number].max() <= strength
         places = torch.bincount((order == number).nonzero()[:, 1], minlength=4)
         assert places.sum() == 2000 and places.min() > 400 and places.max() < 600
 
 
-def test_jitter_is_in_the_order_drawn(monkeypatch):
-    """Against torchvision, one image at a time: 48 images are all 24 orders, jittered or not."""
-    x = torch.randint(0, 256, (48, 3, 12, 12), dtype=torch.uint8)
-    order = torch.tensor(list(itertools.permutations(range(4))))
-    colour = common.Photometric((0.4, 0.4, 0.2, 0.1), gray_p=0)
-    _, _, change, *others = colour.draw(48)
-    drawn = torch.arange(48) < 24, torch.cat([order, order]), change, *others
-    monkeypatch.setattr(common.Photometric, "draw", lambda self, n: drawn)
+def test_jitter_is_in_the_order_drawn():
+    """Against torchvision, one image at a time, in all 24 orders."""
+    n = 200
+    x = torch.randint(0, 256, (n, 3, 12, 12), dtype=torch.uint8)
+    order, change = jitter_of(n)
+    assert len(order.unique(dim=0)) == 24
     theirs = x.float() / 255
-    for i in range(24):
+    for i in range(n):
         for number in order[i].tolist():
             name, *_ = JITTER[number]
             factor = change[i, number].item() + (name != "hue")
             theirs[i] = getattr(TF, f"adjust_{name}")(theirs[i], factor)
-    torch.testing.assert_close(colour(x), common.normalize(theirs), rtol=0, atol=1e-4)
+    torch.manual_seed(0)
+    ours = common.Photometric(STRENGTHS, jitter_p=1, gray_p=0)(x)
+    torch.testing.assert_close(ours, common.normalize(theirs), rtol=0, atol=1e-4)
 
 
 def test_views_are_recoloured_as_if_alone():

@@ -20,6 +20,7 @@ import lc_loss
 import training
 import vicreg
 import vicregl
+from evaluate import knn
 
 DEVICE = torch.device(os.environ.get("DEVICE", "cuda"))
 CPU = torch.device("cpu")
@@ -146,6 +147,22 @@ def test_bank_search_and_matches():
         found = cribo.cycle_consistent_matches(c.to(device), (c + 0.1).to(device), bank)
         results.append(torch.stack(found).cpu())
     assert (results[0] == results[1]).float().mean() > 0.99 and results[0][2:].any()
+
+
+def test_nearest_neighbors():
+    torch.manual_seed(0)
+    queries = torch.randn(500, 64)
+    rows = torch.randn(5000, 64)
+    labels = torch.arange(5000)
+    results = []
+    for device in (CPU, DEVICE):
+        chunks = [(x.to(device), y.to(device), [0, 1][i % 2:])  # trial 1 has all, trial 0 half
+                  for i, (x, y) in enumerate(zip(rows.split(400), labels.split(400)))]
+        trials = knn.nearest_rows(queries.to(device), chunks, 20, trials=2)
+        results.append([torch.stack(found).cpu() for found in zip(*trials)])
+    (similarity, found), (expected, neighbors) = results
+    torch.testing.assert_close(similarity, expected, rtol=0, atol=1e-5)
+    assert (found == neighbors).float().mean() > 0.99  # at near-ties rounding decides
 
 
 def test_object_representations():

@@ -541,7 +541,7 @@ def test_each_start_has_a_store_of_its_own(late):
 
     def begin(start, rank):
         time.sleep(0.2 * (rank == late))
-        mine = training.of_this_start(store, rank, 3)
+        mine = training.fresh_store(store, rank, 3)
         mine.set(f"here {rank}", str(start))
         found[start, rank] = [mine.get(f"here {r}") for r in range(3)]
 

@@ -72,25 +72,22 @@ def results(folder, protocol):
 def test_nearest_is_brute_force(chunk):
     x, y = blobs(200)
     queries, _ = blobs(40, seed=1)
-    similarity, labels = knn.nearest_rows(queries, zip(x.split(chunk), y.split(chunk)), 20)
-    for q, s, found in zip(queries, similarity, labels):
-        cosine = np.array([(q @ row / q.norm() / row.norm()).item() for row in x])
-        order = np.argsort(-cosine)[:20]
-        np.testing.assert_allclose(s, cosine[order], atol=1e-5)
-        assert found.tolist() == y[order].tolist()
-
-
-def test_merged_chunks_hold_the_same_rows():
-    x, y = blobs(50)
-    merged = list(knn.merged(zip(x.split(4), y.split(4)), least=10))
-    assert [len(labels) for _, labels in merged] == [12, 12, 12, 12, 2]
-    assert torch.equal(torch.cat([rows for rows, _ in merged]), x)
-    assert torch.equal(torch.cat([labels for _, labels in merged]), y)
+    chunks = [(rows, labels, [0, 1][i % 2:]) for i, (rows, labels)  # trial 1 has all, 0 half
+              in enumerate(zip(x.split(chunk), y.split(chunk)))]
+    for trial, nearest in enumerate(knn.nearest_rows(queries, chunks, 20, trials=2)):
+        rows, classes = zip(*[chunk[:2] for chunk in chunks if trial in chunk[2]])
+        rows = torch.cat(rows)
+        classes = torch.cat(classes)
+        for q, s, found in zip(queries, *nearest):
+            cosine = np.array([(q @ row / q.norm() / row.norm()).item() for row in rows])
+            order = np.argsort(-cosine)[:20]
+            np.testing.assert_allclose(s, cosine[order], atol=1e-5)
+            assert found.tolist() == classes[order].tolist()
 
 
 def test_fewer_rows_than_k():
     x, y = blobs(7)
-    similarity, labels = knn.nearest_rows(x, [(x, y)], 20)
+    similarity, labels = next(knn.nearest_rows(x, [(x, y, [0])], 20))
     assert (similarity[:, 7:] == -torch.inf).all()
     assert (labels[:, 7:] == -1).all()
     for temperature in (None, 0.07):
@@ -433,7 +430,7 @@ def test_only_the_first_process_tells(monkeypatch, capsys):
 @pytest.mark.parametrize("line,what", [
     ("knn", "40 images"), ("linear --no-augment --epochs 1 --batch-size 16", "2 steps"),
     ("segment --steps 2 --batch-size 2", "validation images"),
-    ("retrieve --subsample 1", "1/1 of the training images, draw 1"),
+    ("retrieve --subsample 1", "training images"),
     ("correspond", "40 images"), ("bag --bags 1 --epochs 1 --batch-size 16", "40 images"),
 ])
 def test_every_protocol_tells_its_progress(monkeypatch, capsys, line, what):
@@ -571,7 +568,8 @@ def test_bag_of_a_run(tmp_path, classes, monkeypatch):
     for count in corners:
         for name, layer in (("", torch.nn.Identity()), (", after the projector", model.projector)):
             queries, targets = bags(val, count, layer)
-            predicted = knn.vote(*knn.nearest_rows(queries, [bags(train, count, layer)], 20), 3)
+            memory = [(*bags(train, count, layer), [0])]
+            predicted = knn.vote(*next(knn.nearest_rows(queries, memory, 20)), 3)
             expected = 100 * (predicted == targets).double().mean().item()
             row = found[f"{folder}: bag of {count}{name}"]
             assert row["20-NN"] == pytest.approx(expected)
@@ -761,6 +759,16 @@ def test_retrieve_is_brute_force(bands):
         assert found["patch mIoU"] == pytest.approx(iou(predicted, labels))
         assert found["pixel mIoU"] == pytest.approx(iou(pixels, truth))
         assert found["std over draws"] is None  # of all images there is one draw
+
+    scores = []
+    for draw in range(3):  # of half of the images, with 20 patches each
+        images = np.random.default_rng((2, draw)).permutation(8)[:4]
+        rows = (20 * images[:, None] + np.arange(20)).flatten()
+        nearest = [torch.cosine_similarity(memory[rows], q[None], 1).argmax() for q in queries]
+        scores.append(iou(classes[rows[nearest]], labels))
+    found = retrieve.run(Conv(), data, settings(runs=3), k=1)["1/2 of the images"]
+    assert found["patch mIoU"] == pytest.approx(np.mean(scores))
+    assert found["std over draws"] == pytest.approx(np.std(scores, ddof=1))
 
 
 def test_deviation_over_draws(bands, monkeypatch):
@@ -1105,7 +1113,7 @@ def test_a_worker_that_dies_is_one_line(monkeypatch, capsys):
         raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error.")
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", dies)
-    with pytest.raises(SystemExit) as stop, training.one_line_errors():
+    with pytest.raises(SystemExit) as stop, training.orderly_exit():
         training.data_loader([], 0)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "--shm-size" in said and said.count("\n") == 1

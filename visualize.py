@@ -279,8 +279,7 @@ def objects(args, data, backbone, batch_size=32):
         show(ax, painted, f"view {v + 1}")
         for o in range(own):
             inside = masks[o, v].nonzero() / args.size  # (n, 2)
-            offset = inside - inside.mean(0)
-            middle = offset.norm(dim=1).argmin()
+            middle = (inside - inside.mean(0)).norm(dim=1).argmin()
             mark(ax, inside[middle], o + 1)
     for o in range(own):
         style = RIGHT if closed[o] else WRONG
@@ -382,16 +381,16 @@ def views(args, data, _):
     return figure
 
 
-def show_objects(ax, image, objects, classes, right):
+def show_objects(ax, title, image, objects, classes, right):
     """An image (3, H0, W0) and n objects, as a detector returns them or is told them: boxes, masks
     if any, classes, scores if any. right (n,): above 0 where they are drawn as right."""
     styles = [RIGHT if ok > 0 else WRONG for ok in right]
     height, width = image.shape[1:]
-    if "masks" in objects and styles:
+    if "masks" in objects:
         masks = objects["masks"].view(-1, height, width) >= 0.5
-        colours = [style["color"] for style in styles]
-        image = draw_segmentation_masks(image, masks, 0.4, colours)
-    show(ax, image, "", width, height)
+        for mask, style in zip(masks, styles):  # all at once, it paints overlaps black
+            image = draw_segmentation_masks(image, mask, 0.4, style["color"])
+    show(ax, image, title, width, height)
     for i, style in enumerate(styles):
         x0, y0, x1, y1 = objects["boxes"][i]
         outline(ax, (y0, x0, y1 - y0, x1 - x0), style)
@@ -402,11 +401,12 @@ def show_objects(ax, image, objects, classes, right):
         mark(ax, top, text, SIGN)
 
 
-def detections(args, data, backbone, least=0.5):
+def detections(args, data, backbone, least=0.3):
     """The objects in four images, and below them what the detector of `evaluate detect` finds with
     a score of `least` or more: in blue what AP50 counts as right, else in orange, dashed."""
-    detector = detect.build(backbone, data, args).to(args.device).eval()
+    detector = detect.build(backbone, data, args)
     detector.load_state_dict(weights.read_checkpoint(args.checkpoint)["detector"])
+    detector.to(args.device).eval()
     figure, axes = panels(2, 4)
     indices = image_and_others(args, data, 3)
     for index, (above, below) in zip(indices, axes.T):
@@ -414,9 +414,9 @@ def detections(args, data, backbone, least=0.5):
         (found,) = detector([image.to(args.device) / 255])
         kept = found["scores"] >= least
         found = {name: x[kept].cpu() for name, x in found.items()}
-        _, _, verdicts, *_ = detect.judge("boxes", found, truth)
-        show_objects(above, image, truth, data.classes, truth["labels"])
-        show_objects(below, image, found, data.classes, verdicts[:, 0, 0])  # of all sizes, AP50
+        verdicts = detect.judge("boxes", found, truth)[2]  # (n, A, T)
+        show_objects(above, f"image {index}", image, truth, data.classes, truth["labels"])
+        show_objects(below, "found", image, found, data.classes, verdicts[:, 0, 0])  # as in AP50
     return figure
 
 

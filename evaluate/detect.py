@@ -177,9 +177,7 @@ def fine_tune(backbone, data, args):
 @torch.no_grad()
 def measure(model, data, args):
     """AP in % of boxes, and of masks where the data has them."""
-    judged = {"boxes": []}
-    if data.has_masks:
-        judged["masks"] = []
+    judged = {"boxes": [], "masks": []} if data.has_masks else {"boxes": []}
     rank, world = training.rank_and_world()
     order = torch.arange(len(data)).tensor_split(world)[rank].tolist()
     loader = training.data_loader(data, args.workers, batch_size=None, sampler=order)

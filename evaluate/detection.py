@@ -38,8 +38,7 @@ def overlaps(kind, found, truth):
     pairs = found[:, None]  # (n, 1, 4)
     low, _ = torch.maximum(pairs, truth).chunk(2, 2)  # (n, G, 2): corners of the intersections
     _, high = torch.minimum(pairs, truth).chunk(2, 2)
-    sides = high - low
-    both = sides.clamp(min=0).prod(2)
+    both = (high - low).clamp(min=0).prod(2)
     return box_area(found), box_area(truth), both
 
 
@@ -54,15 +53,17 @@ def judge(kind, found, truth):
     labels (n,), verdicts (n, A, T): 1 right, 0 wrong, -1 not counted; labels (G,), and which
     objects count (G, A)."""
     order = found["scores"].argsort(descending=True, stable=True)
-    found = {name: x[order] for name, x in found.items()}
+    scores = found["scores"][order]
+    labels = found["labels"][order]
+    found = found[kind][order]
     truth = {name: x.flip(0) for name, x in truth.items()}  # of equals, COCO takes the last
-    areas, true_areas, both = overlaps(kind, found[kind], truth[kind])
+    areas, true_areas, both = overlaps(kind, found, truth[kind])
     crowd = truth["crowd"]
     outside = out_of_range(areas).T  # (n, A)
     areas = areas[:, None]
     union = areas + true_areas - both
     union = torch.where(crowd, areas, union)
-    same = found["labels"][:, None] == truth["labels"]  # (n, G)
+    same = labels[:, None] == truth["labels"]  # (n, G)
     iou = torch.where(same, both / union, -1.0)
 
     ignored = truth["ignored"] | crowd  # (G,)
@@ -82,7 +83,7 @@ def judge(kind, found, truth):
         verdicts[i, taken.any(2)] = -1
         verdicts[i, right.any(2)] = 1
     counts = counted.T.float()
-    return found["scores"], found["labels"], verdicts, truth["labels"], counts
+    return scores, labels, verdicts, truth["labels"], counts
 
 
 def average_precision(verdicts, count):
@@ -100,8 +101,7 @@ def average_precision(verdicts, count):
         reached = precision.where(recall >= wanted, 0)
         highest.append(reached.amax(0))
     ap = torch.stack(highest).mean(0)  # (101, A, T) -> (A, T)
-    absent = count == 0
-    return ap.masked_fill(absent[:, None], math.nan)
+    return ap.masked_fill(count[:, None] == 0, math.nan)
 
 
 def table(judged, device):

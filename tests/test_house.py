@@ -30,7 +30,7 @@ LONGER_PROTOCOLS = {"evaluate/features.py": 200, "evaluate/detect.py": 200,
                     "evaluate/objects.py": 200}
 DETECTION = ("evaluate/detect.py", "evaluate/detection.py", "evaluate/objects.py")
 DETECTION_LINES = 250
-DETECTION_OVER = 525
+DETECTION_OVER = 523
 EVALUATE_LINES = 1_200  # of all but detection
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENCODING, tokenize.ENDMARKER}

@@ -420,7 +420,7 @@ class Finder(torch.nn.Module):
         boxes[1:, [0, 2]] += 30
         masks = 0.8 * truth["masks"][:, None].float()
         found = dict(boxes=boxes, labels=truth["labels"], scores=torch.full((n,), 0.9), masks=masks)
-        unsure = {name: x[:1] for name, x in found.items()} | {"scores": torch.tensor([0.4])}
+        unsure = {name: x[:1] for name, x in found.items()} | {"scores": torch.tensor([0.2])}
         return [{name: torch.cat([x, unsure[name]]) for name, x in found.items()}]
 
 
@@ -439,6 +439,7 @@ def test_objects_and_detections_lie_where_they_are(figure, checkpoint, monkeypat
         image, truth = scenes[index]
         boxes = truth["boxes"].numpy()
         sides = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
+        assert [above.get_title(), below.get_title()] == [f"image {index}", "found"]
         assert above.images[0].get_extent() == below.images[0].get_extent() == [0, 96, 96, 0]
         for ax, right, shift, score in ((above, len(sides), 0, ""), (below, 1, 30, " 90%")):
             found = np.array([patch.get_bbox().bounds for patch in ax.patches])

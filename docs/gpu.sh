@@ -100,9 +100,10 @@ fi
 if asked evaluations; then
     run="$OUT/runs/vicreg"
     part knn 40 $PY -m evaluate knn --checkpoint "$run" --baseline
-    part linear 40 $PY -m evaluate linear --checkpoint "$run" --no-augment --epochs 2
+    part linear 40 $PY -m evaluate linear --checkpoint "$run" --no-augment --epochs 2 \
+        --batch-size 32
     part correspond 40 $PY -m evaluate correspond --checkpoint "$run"
-    part fewshot 40 $PY -m evaluate fewshot --checkpoint "$run"
+    part fewshot 40 $PY -m evaluate fewshot --checkpoint "$run" --data shapes
     if [ "$GPU" = 1 ]; then
         part segment 40 $PY -m evaluate segment --checkpoint "$run" --steps 50
         part retrieve 40 $PY -m evaluate retrieve --checkpoint "$run" --subsample 128
@@ -117,7 +118,7 @@ fi
 
 # Where a step's time goes: wall, the GPU's share, launches, the longest kernels.
 if asked profile; then
-    cat > "$OUT/profile.py" <<'PYTHON'
+    cat > "$OUT/step_times.py" <<'PYTHON'
 import collections, os, sys, time
 sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
 import torch, bench
@@ -152,7 +153,7 @@ for name in sys.argv[1:]:
         torch.cuda.reset_peak_memory_stats()
 PYTHON
     [ "$GPU" = 1 ] && methods="vicreg vicregl lc cribo bagssl" || methods="vicreg"
-    part profile 100 $PY "$OUT/profile.py" $methods
+    part profile 100 $PY "$OUT/step_times.py" $methods
     cat "$OUT/profile.txt"
 fi
 

@@ -95,12 +95,13 @@ def test_every_test_that_is_named_exists():
         assert re.search(r"`test_\w+`", row.split("|")[-2]), row
 
 
-def test_the_table_of_results_is_made_from_the_files(monkeypatch):
+def test_the_tables_of_results_are_made_from_the_files(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs" / "results")
-    made = importlib.import_module("results").table()
-    assert made.count("\n") > 5
-    documents = README + (ROOT / "docs" / "results.md").read_text()
-    assert f"<!-- results -->\n{made}<!-- end -->" in documents
+    results = importlib.import_module("results")
+    text = (ROOT / "docs" / "results.md").read_text()
+    for mark, made in (("results", results.table()), ("photographs", results.photographs_table())):
+        assert made.count("\n") > 5
+        assert f"<!-- {mark} -->\n{made}<!-- end -->" in text
 
 
 if __name__ == "__main__":

@@ -172,6 +172,10 @@ def photographs():
         print(name, curve, flush=True)
 
 
+def markdown(lines):
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def photographs_table():
     lines = [["", "command", "epochs", "minutes", "k-NN"], 5 * ["---"]]
     for name, (label, command) in PHOTOGRAPHS.items():
@@ -180,7 +184,7 @@ def photographs_table():
             result = json.loads(place.read_text())
             *_, (epoch, accuracy) = result["curve"].items()
             lines.append([label, f"`{command}`", epoch, result["minutes"], f"{accuracy:.1f}"])
-    return lines
+    return markdown(lines)
 
 
 def draw_photographs(path):
@@ -236,16 +240,15 @@ def table():
         if places:
             cells = [cell(numbers(places, *where)) for where in COLUMNS.values()]
             lines.append([label, f"`{command}`", *cells, minutes(places), str(len(places))])
-    return lines
+    return markdown(lines)
 
 
 def write_tables():
     path = ROOT / "docs" / "results.md"
     text = path.read_text()
-    for mark, lines in (("results", table()), ("photographs", photographs_table())):
+    for mark, rows in (("results", table()), ("photographs", photographs_table())):
         before, rest = text.split(f"<!-- {mark} -->\n")
         after = rest.split("<!-- end -->", 1)[1]
-        rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         text = f"{before}<!-- {mark} -->\n{rows}<!-- end -->{after}"
     path.write_text(text)
     draw_photographs(ROOT / "docs" / "imagenette.png")

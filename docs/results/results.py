@@ -9,8 +9,6 @@ A run's last step evaluates it, and the network that it started from, by k-NN an
 own protocol: so a run is one command.
 """
 
-import argparse
-import functools
 import json
 import os
 import platform
@@ -19,9 +17,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +29,7 @@ import common  # noqa: E402
 import training  # noqa: E402
 import weights  # noqa: E402
 from evaluate import knn  # noqa: E402
-from evaluate.features import center_view  # noqa: E402
+from evaluate.features import center_view, to_input  # noqa: E402
 
 RUNS, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
 SEEDS = 0, 1, 2
@@ -134,37 +132,51 @@ def machine():
 
 
 def in_memory(name, size):
-    """The parts of a folder of images as their central squares, decoded once for all networks."""
+    """Each part of a folder of images: central squares (n, 3, size, size), uint8, and labels (n,).
+    They are decoded once for all networks."""
     parts = []
     for split in ("train", "val"):
-        data = common.open_data(name, split)
-        views = common.Views(data, functools.partial(center_view, size=size), seed=0)
-        pixels = np.stack([views[0, i].views[0].permute(1, 2, 0).numpy() for i in range(len(data))])
-        parts.append(common.Images(pixels, data.labels, data.classes))
+        views = common.Views(common.open_data(name, split), partial(center_view, size=size), seed=0)
+        samples = [views[0, i] for i in range(len(views.data))]
+        pixels = torch.stack([sample.views[0] for sample in samples])
+        labels = torch.tensor([sample.labels for sample in samples])
+        parts.append((pixels, labels))
     return parts
+
+
+@torch.no_grad()
+def k_nn(backbone, parts, k=20):
+    """`evaluate knn` on what in_memory() holds: the accuracy in %."""
+    backbone.eval()
+    represented = []
+    for pixels, labels in parts:
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.has_bf16()):
+            y = [backbone(to_input(x, "cpu"))[1].float() for x in pixels.split(256)]
+        represented.append((torch.cat(y), labels))
+    bank, (queries, targets) = represented
+    ((similarity, labels),) = knn.nearest_rows(queries, [(*bank, [0])], k)
+    predicted = knn.vote(similarity, labels, int(targets.max()) + 1)
+    return 100 * (predicted == targets).float().mean().item()
 
 
 def photographs():
     """Measures every kept backbone of runs/imagenette, and the network that it started from."""
-    args = argparse.Namespace(device=torch.device("cpu"), bf16=training.has_bf16(), workers=0)
     data = {}
     for name, (_, command) in PHOTOGRAPHS.items():
-        folder = ROOT / "runs" / "imagenette" / name
+        folder = RUNS.parent / "imagenette" / name
         place = KEPT / "imagenette" / f"{name}.json"
-        if place.exists() or not (folder / "knn.jsonl").exists():
+        if place.exists() or not (folder / "last.pt").exists():
             continue
         run = torch.load(folder / "last.pt", weights_only=True)["args"]
-        args.size = run["size"]
-        if args.size not in data:
-            data[args.size] = in_memory(run["data"], args.size)
+        if run["size"] not in data:
+            data[run["size"]] = in_memory(run["data"], run["size"])
         torch.manual_seed(run["seed"])
-        backbones = {0: common.build_backbone(run["arch"], args.size)}
+        backbones = {0: common.build_backbone(run["arch"], run["size"])}
         for epoch in range(1, run["epochs"] + 1):
             path = folder / f"backbone-{epoch}.pt"
             backbones[epoch] = weights.load_backbone(path, run["arch"])
-        curve = {}
-        for epoch, backbone in backbones.items():
-            curve[epoch] = knn.run(backbone, data[args.size], args)[""]["20-NN"]
+        parts = data[run["size"]]
+        curve = {epoch: round(k_nn(network, parts), 2) for epoch, network in backbones.items()}
         place.parent.mkdir(exist_ok=True)
         command = f"python {command} --data imagenette160 --keep-every 1"
         result = dict(command=command, **circumstances(), minutes=minutes([folder]), curve=curve)

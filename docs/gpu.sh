@@ -73,7 +73,9 @@ fi
 if asked resume; then
     again=($PY vicreg.py $(flags vicreg) --out "$OUT/runs" --name killed --save-minutes 0
            --epochs $((GPU ? 2 : 30)) --log-every 5 --workers $WORKERS)
-    part killed 60 timeout -s KILL $((GPU ? 20 : 100)) "${again[@]}"
+    last="$OUT/runs/killed/last.pt"
+    part killed 60 bash -c '"${@:2}" & until [ -f "$1" ]; do sleep 0.2; done; kill -KILL $!; wait $!' \
+        _ "$last" "${again[@]}"
     part resumed 60 "${again[@]}"
     grep -h "resumed at step\|new run" "$OUT/killed.txt" "$OUT/resumed.txt"
 fi

@@ -339,6 +339,7 @@ def mean_global_criterion(z, inv_coeff, var_coeff, cov_coeff):
     z_i = z[:, :2, None].expand(-1, -1, views, -1)  # (n/G, 2, V, D)
     z_j = z[:, None].expand_as(z_i)
     inv = invariance(z_i, z_j) * views / (views - 1)  # 0 where j = i
+
     def mean_over_pairs(terms):
         """Of terms (V,), one a view: a large view is in V of the 2 (V - 1) pairs, a small in 2."""
         return (views * terms[:2].sum() + 2 * terms[2:].sum()) / (2 * (views - 1))
@@ -355,9 +356,8 @@ def vicregl_loss(embeddings, maps, pos, alpha=0.75, num_matches=(20, 20),
 
     embeddings V x (B, D), maps V x (B, N, D), pos V x (B, N, 2) in pixels: of two large views, then
     small ones -> the loss, and the terms of both criteria, unweighted, averaged over pairs of views
-    (i, j), i one of the first two, j any other. At alpha 1 the local terms are not computed, at 0
-    the global ones. num_matches, num_feature_matches: as in local_criterion(), from large views and
-    from small ones; match_by: as there. A collective, once differentiable. Raises as vicreg_loss().
+    (i, j), i one of the first two, j any other. match_by, both numbers (from large views, from small
+    ones): as in local_criterion(). A collective, once differentiable. Raises as vicreg_loss().
     """
     coefficients = (inv_coeff, var_coeff, cov_coeff)
     loss = 0.0

@@ -7,8 +7,9 @@ cluster: 100 where each cluster lies within one object, or within several of one
     python -m evaluate clusters --checkpoint runs/cribo-shapes --baseline
 
 Differences
- 1. The paper shows clusters in figures; their purity is this project's own measure. Void is left
-    out. K and lambda_pos are the run's, or those of Appendix A.1.
+ 1. The paper shows clusters in figures; their purity, on the unmirrored image and without void, is
+    this project's own measure. K and lambda_pos are the run's, or 12 and 1. Costs are scaled image
+    by image, in training over a batch.
 """
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ prepare = open_masks
 
 def add_flags(flag):
     mask_flags(flag)
-    flag("--num-objects", type=int, help="K, clusters of an image")
     flag("--images", type=int, default=500, help="so many of the validation images")
 
 
@@ -54,7 +54,7 @@ def run(backbone, data, args):
     """Purity in % of the clusters of validation images."""
     backbone.eval()
     _, val = data
-    num_objects = args.num_objects or args.run.get("num_objects", 12)
+    most = args.run.get("num_objects", 12)  # K
     weights = {"features and places": args.run.get("pos_weight", 1.0), "features": 0.0}
     sums = torch.zeros(len(weights), 2, dtype=torch.long, device=args.device)
 
@@ -68,6 +68,7 @@ def run(backbone, data, args):
             maps = backbone.stages(both)[-1].float()  # (2, D, h, w)
         h, w = maps.shape[2:]
         tokens = maps.flatten(2).mT.flatten(0, 1)[None]  # (1, 2hw, D)
+        num_objects = min(most, 2 * h * w)  # no more than locations
         positions = mirrored_positions(h, w, x.device)
         cell = cells(mask, h, w)  # (H0, W0)
         for total, weight in zip(sums, weights.values()):
@@ -77,5 +78,4 @@ def run(backbone, data, args):
             total += pure_pixels(cluster[cell], mask, num_objects, val.num_classes)
 
     pure, pixels = summed(sums).T  # (weights,) each
-    share = 100 * pure / pixels
-    return {"": dict(zip(weights, share.tolist()))}
+    return {"": dict(zip(weights, (100 * pure / pixels).tolist()))}

@@ -324,7 +324,7 @@ def test_why_labels_are_missing(classes, monkeypatch, capsys, rename, words):
     ("bag --patch-scale 1.5", "--patch-scale 1.5"), ("bag --patch-scale 0", "--patch-scale 0"),
     ("retrieve --subsample 0", "--subsample 0"), ("retrieve --subsample 8 -1", "--subsample -1"),
     ("retrieve --chunk 0", "--chunk 0"), ("retrieve --runs 0", "--runs 0"),
-    ("clusters --num-objects 0", "--num-objects 0"), ("clusters --images 0", "--images 0"),
+    ("clusters --images 0", "--images 0"),
     ("segment --steps 0", "--steps 0"), ("segment --size 0", "--size 0"),
     ("linear --epochs 0", "--epochs 0"), ("linear --lr -1", "--lr -1"),
     ("linear --lr nan", "--lr nan"), ("knn --workers -1", "--workers -1"),
@@ -345,7 +345,7 @@ def test_flags_that_cannot_be(monkeypatch, capsys, flags, words):
     ("linear --finetune --labels 0.1 --epochs 1 --batch-size 4", 60, "top-1"),
     ("fewshot", 300, "accuracy"), ("segment --steps 2", 20, "mIoU"),
     ("retrieve --subsample 1 4 --runs 2", 8, "patch mIoU"), ("correspond", 20, "flip"),
-    ("clusters --num-objects 3", 6, "features and places"),
+    ("clusters", 6, "features and places"),
     ("bag --bags 1 4 --epochs 1 --batch-size 16", 60, "20-NN"),
 ])
 def test_every_protocol_on_shapes(tmp_path, monkeypatch, capsys, line, length, column):
@@ -794,14 +794,26 @@ def test_positions_of_the_mirror_image():
     assert positions[1].tolist() == [[[0, 2], [0, 1], [0, 0]], [[1, 2], [1, 1], [1, 0]]]
 
 
+def test_clusters_are_those_of_an_image_and_its_mirror_image(bands, monkeypatch):
+    seen = []
+    stages = Conv.stages
+    monkeypatch.setattr(Conv, "stages", lambda self, x: seen.append(x) or stages(self, x))
+    clusters.run(Conv(), open_bands(bands), settings(images=2, run={}))
+    assert len(seen) == 2
+    for plain, mirrored in seen:
+        assert torch.equal(mirrored, plain.flip(2)) and not torch.equal(mirrored, plain)
+
+
 def test_clusters_of_features_that_know_the_classes_are_pure(bands):
     data = open_bands(bands)
-    args = settings(num_objects=12, images=5, run={})
+    args = settings(images=5, run=dict(num_objects=12))
     knows = clusters.run(Oracle(), data, args)[""]
     knows_not = clusters.run(Noise(), data, args)[""]
-    assert knows["features"] > 90 and knows_not["features"] < knows["features"] - 20
-    args = settings(num_objects=None, images=5, run=dict(num_objects=12, pos_weight=0.0))
+    assert min(knows.values()) > 90 and knows_not["features"] < knows["features"] - 20
+    args = settings(images=5, run=dict(num_objects=12, pos_weight=0.0))
     assert clusters.run(Oracle(), data, args)[""] == dict.fromkeys(knows, knows["features"])
+    args = settings(images=5, run=dict(num_objects=1000))  # more than an image has locations
+    assert clusters.run(Oracle(), data, args)[""]["features"] > 90
 
 
 # --- matches --------------------------------------------------------------------------------------
@@ -934,7 +946,7 @@ def _protocols(rank, world, classes, bands):
         "cached": linear.run(Means(), data, settings(size=16, augment=False, lr=[10])),
         "segment": segmentation.run(Conv(), pairs, settings()),
         "retrieve": retrieve.run(Conv(), pairs, settings(), k=3),
-        "clusters": clusters.run(Conv(), pairs, settings(num_objects=3, images=5, run={})),
+        "clusters": clusters.run(Conv(), pairs, settings(images=5, run={})),
         "correspond": correspond.run(Conv(), pairs[1].images, settings(), batch_size=2),
         "bag": bag.run(Conv(), data, settings(checkpoint="random", bags=[1, 4], patch_scale=[0.25],
                                               size=16, lr=[10], linear=True)),

@@ -44,6 +44,9 @@ TRAINING = {  # name: what the table calls it, its command
     "lc_loss-0": ("without local contrast: BYOL", "lc_loss.py --alpha 0"),
     "cribo": ("CrIBo", "cribo.py"),
     "cribo-image": ("images alone: DINO", "cribo.py --no-object --no-cross-image"),
+    "cribo-500": ("bank of 500 images", "cribo.py --bank-images 500"),
+    "cribo-2000": ("bank of 2,000", "cribo.py --bank-images 2000"),
+    "cribo-9000": ("bank of 9,000, nearly all", "cribo.py --bank-images 9000"),
     "bagssl": ("BagSSL", "bagssl.py"),
 }
 CLAIMS = {  # a method's own protocol

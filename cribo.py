@@ -148,8 +148,8 @@ def joint_space_clustering(tokens, positions, num_objects, pos_weight, init=None
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = F.normalize(float32(tokens), dim=2)
         positions = float32(positions)
-        offsets = positions[:, :, None] - positions[:, None]  # (B, 2N, 2N, 2)
-        distances = torch.hypot(*offsets.unbind(3))
+        y, x = positions.unbind(2)  # (B, 2N) each
+        distances = torch.hypot(y[:, :, None] - y[:, None], x[:, :, None] - x[:, None])
         distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
 
         # At first a cluster is its one starting token. All other locations are in none.

@@ -6,7 +6,7 @@ Yubei Chen, Adrien Bardes, Zengyi Li, Yann LeCun. TMLR 2023, arXiv:2206.08954
 Joint-embedding methods learn which patches occur together in an image. So each view is a patch of
 one fixed scale, and two patches of an image should have similar projections z. Four objectives keep
 all z from being the same: VICReg, total coding rate (TCR), SimCLR and the spectral loss. The image
-is then a bag: the mean of its patches' embeddings, before the projector (names as in Appendix D).
+is then a bag: the mean of its patches' embeddings, before the projector (as in D; A, B mean z).
 
     python bagssl.py                                         # a demonstration, on a CPU
     python bagssl.py --data cifar10 --loss tcr               # one GPU; or vicreg, simclr, spectral
@@ -17,19 +17,19 @@ is then a bag: the mean of its patches' embeddings, before the projector (names 
 
     Eq. (6)  spectral_loss     Appendix C.1-C.3  RECIPES, bag_loss, total_coding_rate, nt_xent
     Eq. (7)  off_diagonal      Appendix C.4      local_aggregation
-    vicreg_loss and what it calls cite VICReg, arXiv:2105.04906v1: "VICReg Eq. (n)", Algorithm 1.
+    In vicreg_loss and all it calls, Eqs. and Algorithm 1 are those of VICReg, arXiv:2105.04906v1.
 
 Differences
- 1. Written from the paper's appendix alone. It does not give the formula of TCR (here that of
-    EMP-SSL, arXiv:2304.03977), the patches' scale (0.2 of the area; on CIFAR 14 x 14 of 32 x 32),
-    or whether the bag normalizes embeddings before it takes their mean (no).
+ 1. Written from the appendix alone, which lacks TCR's formula (here that of EMP-SSL,
+    arXiv:2304.03977), the patches' scale (0.2 of the area; on CIFAR 14 x 14 of 32 x 32, as E has
+    it for CIFAR-10), and whether the bag normalizes embeddings before it takes their mean (no).
  2. EMP-SSL's similarity is that of a patch to the mean of the image's patches; ours is between
     patches. With `--patches` above 2, the loss is the mean over all pairs, as Eq. (6) is about
     pairs, and BYOL's two colour augmentations take turns. All patches are one batch for BatchNorm.
- 3. A patch is a square, as in Appendix D (71 x 71 of 224 x 224 is scale 0.1), its scale a share of
-    the whole image's area. A range, `--patch-scale 0.08-1`, draws crops as BYOL does.
- 4. Eq. (6) is estimated without bias: its second mean leaves out the pairs of the first. All z
-    have length one, as in Appendix B: without that, 8192 dimensions start at a loss of 1e5.
+ 3. A patch is a square, as in Appendix D: 71 x 71 of 224 x 224 has 0.1 of the image's area. BYOL's
+    augmentations (C.1-C.3): here its colours and flips; `--patch-scale 0.08-1` adds its crops.
+ 4. Eq. (6) is estimated without bias: its second mean leaves out the pairs of the first. As in
+    Appendix B its z have length one: without that, 8192 dimensions start at a loss of 1e5.
  5. The first equality of Eq. (7) holds up to the constant N - d; 1/d I_N below it must be N/d I_d.
  6. TCR's lambda is 0.234 D by default: C.1 has 30 for 128 dimensions, C.2 has 1920 for 8192. For
     CIFAR-100's 512 dimensions C.1 has 30 too; its recipe follows that.
@@ -143,7 +143,7 @@ def off_diagonal(z, var, n):
     """Sum of squared off-diagonal covariances, / D, from moments(z). VICReg Eqs. (3), (4).
 
     With C = z^T z / (n - 1) and S = z z^T / (n - 1), ||C||_F = ||S||_F: the smaller one serves.
-    This duality is BagSSL's Eq. (7).
+    This duality is BagSSL's Eq. (7), whose Z has the embeddings as columns: it is our z^T.
     """
     d = z.shape[1]
     with torch.autocast(z.device.type, enabled=False):
@@ -168,7 +168,8 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     """VICReg Eq. (6) as Algorithm 1 writes it; lambda, mu, nu are inv_, var_ and cov_coeff.
 
     Projections z_a, z_b (n/G, D), n > 1 -> the loss, and its terms, unweighted. A collective: var
-    and cov are those of all n rows. Once differentiable; raises as moments() does.
+    and cov are those of all n rows. Once differentiable; raises as moments() does. Training calls
+    vicreg_of_bag(), its mean over pairs of patches.
     """
     inv = invariance(z_a, z_b)
     z_a, var_a, n = moments(float32(z_a))
@@ -180,12 +181,11 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
 
 
 class Gather(torch.autograd.Function):
-    """all_rows() with gradient, for losses that differ between the processes: what each of them
-    asks of a row is added up."""
+    """all_rows() with gradient: what the losses of all processes ask of a row is added up."""
 
     @staticmethod
     def forward(ctx, z):
-        moments(z[:, :1])  # counts the rows of each process; one column is enough
+        moments(z[:, :1])  # raises where numbers of rows are unequal; one column is enough
         return all_rows(z)
 
     @staticmethod
@@ -204,8 +204,9 @@ def total_coding_rate(z, eps=0.2):
     rows = Gather.apply(float32(z))  # (n, D)
     n, d = rows.shape
     with torch.autocast(z.device.type, enabled=False):
-        # z^T z and z z^T have the same eigenvalues but for zeros, which add log 1.
-        x = rows.T if n >= d else rows  # x x^T is the smaller one; its factors have equal gradients
+        # z^T z and z z^T have the same eigenvalues but for zeros, which add log 1: the smaller one.
+        x = rows.T if n >= d else rows
+        # d<S, x x^T> = 2 <S, dx x^T>, S symmetric: two equal halves, and x.detach() passes on one.
         product = twice_the_gradient(x @ x.detach().T)  # (D, n) (n, D) or (n, D) (D, n)
         identity = torch.eye(len(product), dtype=rows.dtype, device=rows.device)
         root = torch.linalg.cholesky_ex(identity + d / (n * eps) * product).L
@@ -321,7 +322,7 @@ def local_aggregation(maps):
 
 
 class BagSSL(nn.Module):
-    """backbone: images (B, 3, H0, W0) -> maps (B, N, D), representations (B, D), with D = .dim"""
+    """backbone: images (B, 3, H0, W0) -> maps (B, N, D), embeddings (B, D), with D = .dim"""
 
     def __init__(self, backbone, widths=(8192, 8192, 8192), num_classes=0):
         super().__init__()
@@ -331,7 +332,7 @@ class BagSSL(nn.Module):
 
     def forward(self, patches):
         """P patches (B, 3, H0, W0) of each image -> P projections (B, widths[-1]), and logits of
-        the bag of their representations, detached, (B, classes) or None."""
+        the bag of their embeddings, detached, (B, classes) or None."""
         p = len(patches)
         _, y = self.backbone(torch.cat(patches))  # (P B, D)
         bag = bag_embedding(rearrange(y.detach(), "(p b) d -> b p d", p=p))

@@ -5,8 +5,8 @@ LC-loss. Islam, Lundell, Sawhney, Sinha, Morales, Radke. WACV 2023, arXiv:2207.0
 
 BYOL: an online network learns to predict, from one view of an image, what a target network makes of
 another view; the target is a moving average of the online network. LC-loss adds a local term: each
-point of one view must find its own place in the other, among all places there. One view, I_c, is
-the whole image; the other, I_sc, is a crop of it, flipped or not. So the true places are known.
+point of one view must find its own, known place in the other, among all places there. I_c is the
+whole image with other colours (c); I_sc also differs in space (s): it is a crop, flipped or not.
 
     python lc_loss.py                                        # a demonstration, on a CPU
     torchrun --nproc_per_node=8 lc_loss.py --data imagenet   # 8 GPUs: the paper's 400 epochs
@@ -20,8 +20,8 @@ the whole image; the other, I_sc, is a crop of it, flipped or not. So the true p
 
 Differences
  1. No code was released, and the paper does not give the temperature: `--temperature`, 0.1.
- 2. BYOL's loss is Eq. (1) in both directions, added, on I_c and I_sc too: no third view is needed.
-    So `--alpha 0` is BYOL, but with one view never cropped: not that of VICReg's Table 3.
+ 2. BYOL's loss is Eq. (1) in both directions, added, on I_c and I_sc: no third view is needed. So
+    `--alpha 0` is BYOL with one view never cropped, not the BYOL of the paper's tables.
  3. Of BYOL's two colour augmentations, I_c has the one with solarization, I_sc the other.
  4. A point in the outer half of a border cell takes the value of that border's cells.
  5. Eq. (4) is averaged over an image's points, then over the images that have any.
@@ -70,7 +70,7 @@ def sample_views(image, size):
 def correspondences(boxes, flips, sizes, grid):
     """The places p_sc in I_sc of points p_c: the centres of a grid over the whole image. Section 3.
 
-    boxes (B, 4) and flips (B,) of I_sc, as in sample_views(); sizes (B, 2): the image's (H0, W0).
+    boxes (B, 4) and flips (B,) of I_sc, as in sample_views(); sizes (B, 2): whole heights, widths
     -> points (B, grid, grid, 2) as (x, y), -1 at the left or upper edge of I_sc and 1 at the other;
        valid (B, grid, grid): whether they fall inside I_sc.
     """
@@ -107,20 +107,20 @@ def mean_over_valid(values, valid):
     of that mean; so the average over processes, which DDP takes of gradients, is the mean.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    images = valid.any((1, 2)).sum()
+    n_images = valid.any((1, 2)).sum()
     if world > 1:
-        dist.all_reduce(images)  # a count: it has no gradient
-    points = valid.sum((1, 2)).clamp(min=1)
-    per_image = torch.where(valid, values, 0).sum((1, 2)) / points  # (B,)
-    return world * per_image.sum() / images.clamp(min=1)
+        dist.all_reduce(n_images)  # a count: it has no gradient
+    n_points = valid.sum((1, 2)).clamp(min=1)  # (B,)
+    per_image = torch.where(valid, values, 0).sum((1, 2)) / n_points  # (B,)
+    return world * per_image.sum() / n_images.clamp(min=1)
 
 
 def local_contrastive_loss(f_c, f_sc, points, valid, temperature=0.1):
-    """Minus the log-likelihood of p_sc for p_c, among all locations of I_sc. Eqs. (2)-(4).
+    """The negative log-likelihood of p_sc given p_c, over all locations of I_sc. Eqs. (2)-(4).
 
-    f_c (B, D, h, w): the target's features of I_c, which get no gradient; f_sc (B, D, h', w'): the
-    online network's of I_sc; points (B, h, w, 2) and valid (B, h, w) from correspondences().
-    A collective, as mean_over_valid(). In DINO (Appendix B), teacher and student give f_c and f_sc.
+    f_c (B, D, h, w): F_xi in Eq. (2), the target's features of I_c, which get no gradient; f_sc
+    (B, D, h', w'): F_theta, the online network's of I_sc; points (B, h, w, 2) and valid (B, h, w)
+    from correspondences(). A collective, as mean_over_valid(). With DINO: teacher and student.
     """
     h_sc = f_sc.shape[2]
     f_c = F.normalize(float32(f_c).detach().flatten(2), dim=1)  # (B, D, N)
@@ -137,10 +137,11 @@ def local_contrastive_loss(f_c, f_sc, points, valid, temperature=0.1):
 
 
 def local_mse_loss(f_c, f_sc, points, valid):
-    """Eq. (1) between the features of p_c and p_sc, in the place of the contrast. Table 6. As
-    local_contrastive_loss(), but f_sc must come from a predictor."""
+    """Eq. (1) between the features of p_c and p_sc, in place of the contrast. Table 6. Arguments as
+    in local_contrastive_loss(), but f_sc from a predictor; it is itself interpolated at p_sc."""
     f_c = float32(f_c).detach()
     f_sc = float32(f_sc)
+    # (B, D, h', w') at points (B, h, w, 2) -> (B, D, h, w)
     f_sc = F.grid_sample(f_sc, points.to(f_sc.dtype), padding_mode="border", align_corners=False)
     distance = 2 - 2 * F.cosine_similarity(f_sc, f_c, dim=1)  # (B, h, w)
     return mean_over_valid(distance, valid)

@@ -59,6 +59,7 @@ CLAIMS = {  # a method's own protocol
 PHOTOGRAPHS = {  # on Imagenette (160 pixels), in $DATA: what the table calls a run, its command
     "supervised": ("supervised", "docs/results/supervised.py --epochs 12"),
     "vicreg": ("VICReg", "vicreg.py --recipe shapes --epochs 12"),
+    "vicreg-60": ("VICReg, longer", "vicreg.py --recipe shapes --epochs 60"),
     "vicregl": ("VICRegL", "vicregl.py --recipe shapes --epochs 12"),
     "lc_loss": ("LC-loss", "lc_loss.py --recipe shapes --epochs 10"),
     "cribo": ("CrIBo", "cribo.py --recipe shapes --epochs 10 --bank-images 1000"),
@@ -73,6 +74,10 @@ COLUMNS = {  # title: of which protocol, row (the run's own are the first), colu
     "purity": ("clusters", "", "features"),
     "centre patch": ("bag", "bag of 1", "20-NN"),
     "bag of 16": ("bag", "bag of 16", "20-NN"),
+}
+VOC = {  # the same of the networks on photographs
+    "segmentation": ("segment", "", "mIoU"),
+    "retrieval": ("retrieve", "", "patch mIoU"),
 }
 
 
@@ -177,11 +182,12 @@ def photographs():
         backbones = {0: common.build_backbone(run["arch"], run["size"])}
         for epoch in range(1, run["epochs"] + 1):
             path = folder / f"backbone-{epoch}.pt"
-            backbones[epoch] = weights.load_backbone(path, run["arch"])
+            if path.exists():  # --keep-every
+                backbones[epoch] = weights.load_backbone(path, run["arch"])
         parts = data[run["size"]]
         curve = {epoch: round(k_nn(network, parts), 2) for epoch, network in backbones.items()}
         place.parent.mkdir(exist_ok=True)
-        command = f"python {command} --data imagenette160 --keep-every 1"
+        command = f"python {command} --data imagenette160 --keep-every {run['keep_every']}"
         result = dict(command=command, **circumstances(), minutes=minutes([folder]), curve=curve)
         place.write_text(json.dumps(result) + "\n")
         print(name, curve, flush=True)
@@ -192,13 +198,15 @@ def markdown(lines):
 
 
 def photographs_table():
-    lines = [["", "command", "epochs", "minutes", "k-NN"], 5 * ["---"]]
+    lines = [["", "command", "epochs", "minutes", "k-NN", *VOC], ["---"] * (len(VOC) + 5)]
     for name, (label, command) in PHOTOGRAPHS.items():
         place = KEPT / "imagenette" / f"{name}.json"
         if place.exists():
             result = json.loads(place.read_text())
             *_, (epoch, accuracy) = result["curve"].items()
-            lines.append([label, f"`{command}`", epoch, result["minutes"], f"{accuracy:.1f}"])
+            line = [label, f"`{command}`", epoch, result["minutes"], f"{accuracy:.1f}"]
+            folder = KEPT / "imagenette" / name
+            lines.append(line + [cell(numbers([folder], *where)) for where in VOC.values()])
     return markdown(lines)
 
 
@@ -216,9 +224,32 @@ def draw_photographs(path):
             style = "--" if name == "supervised" else "-"
             epochs = [int(epoch) for epoch in curve]
             ax.plot(epochs, list(curve.values()), style, label=label)
+    ax.set_xscale("symlog", linthresh=1)  # epoch 0 is the untrained network
+    ax.set_xticks([0, 1, 3, 10, 30, 60], [0, 1, 3, 10, 30, 60])
     ax.set(xlabel="epoch", ylabel="k-NN accuracy in %", title="Imagenette at 64 pixels")
     ax.grid(alpha=0.3)
     ax.legend(ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def draw_bank(path):
+    """CrIBo's k-NN and purity over the size of its bank: mean and deviation over seeds."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    sizes = {500: "cribo-500", 1_000: "cribo", 2_000: "cribo-2000", 9_000: "cribo-9000"}
+    figure, axes = pyplot.subplots(1, 2, figsize=(7.5, 3), layout="constrained")
+    for ax, column in zip(axes, ("k-NN", "purity")):
+        found = [numbers(sorted((KEPT / name).glob("seed*")), *COLUMNS[column])
+                 for name in sizes.values()]
+        means = [statistics.mean(values) for values in found]
+        spreads = [statistics.stdev(values) for values in found]
+        ax.errorbar(list(sizes), means, spreads, fmt="o-", capsize=3)
+        ax.set_xscale("log")
+        ax.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
+        ax.set(xlabel="images in the bank, of 10,000", ylabel=f"{column} in %")
+        ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
@@ -267,6 +298,7 @@ def write_tables():
         text = f"{before}<!-- {mark} -->\n{rows}<!-- end -->{after}"
     path.write_text(text)
     draw_photographs(ROOT / "docs" / "imagenette.png")
+    draw_bank(ROOT / "docs" / "bank.png")
 
 
 if __name__ == "__main__":

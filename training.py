@@ -303,7 +303,7 @@ def report(error):
         message = f"a data worker died or hung ({lost[0]}); try docker's --shm-size or --workers"
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # what all processes meet, the first one says: then torchrun ends all
-    if lost or isinstance(error, UserError):
+    if lost or isinstance(error, UserError | ModuleNotFoundError):  # a file was not copied along
         say(f"error: {printable(message)}", sys.stderr)
         return 2
     traceback.print_exception(error)

@@ -333,6 +333,10 @@ def test_method_common_and_training_train_in_an_empty_folder(tmp_path):
 enter({str(folder)!r})
 assert command(*{args!r}) == 0
 """
+    code += f"""
+enter({str(tmp_path / "vicreg")!r})
+assert command("vicreg.py") == 2  # the scenes are in shapes.py
+"""
     said = python(tmp_path, code)
     hint = "knn needs the folder evaluate/: python -m evaluate knn --checkpoint"
     assert said.count(hint) == len(METHODS)

@@ -11,7 +11,9 @@ import torch
 from helpers import ROOT, SMALL, make_images, run
 
 import common
+import cribo
 import training
+import vicreg
 from evaluate import __main__ as evaluate
 
 TEXT = (ROOT / "docs" / "use.md").read_text()
@@ -28,11 +30,11 @@ class NamesOfTimm(torch.nn.Module):
     """Stands for timm where it is not installed: our network; it checks that our parameters have
     the names that timm 1.0.31 gave to its own."""
 
-    def __init__(self, name, num_classes):
+    def __init__(self, name, num_classes, img_size=224):
         super().__init__()
         assert num_classes == 0
         arch = name.removesuffix("_224")
-        self.net = common.build_backbone(arch)
+        self.net = common.build_backbone(arch, img_size)
         self.names = {"vit_tiny_patch16": vit_names, "resnet18": resnet18_names}[arch]()
 
     def load_state_dict(self, state):
@@ -72,11 +74,13 @@ def resnet18_names():
 def here(tmp_path, monkeypatch):
     """A folder with photographs, weights as runs leave them, and timm or what stands for it."""
     make_images(tmp_path / "photos", 12, classes=0)
-    for name, arch in (("vicreg-photos", "resnet18"), ("cribo-photos", "vit_tiny_patch16")):
+    recipes = vicreg.RECIPES["small"], cribo.RECIPES["small"]
+    for name, recipe in zip(("vicreg-photos", "cribo-photos"), recipes):
         torch.manual_seed(0)
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        state = common.build_backbone(arch).state_dict()
+        arch = recipe["arch"]
+        state = common.build_backbone(arch, recipe["size"]).state_dict()
         torch.save(state, folder / "backbone.pt")
         model = {f"backbone.{key}": value for key, value in state.items()}
         torch.save({"model": model, "args": {"arch": arch, "size": 64}}, folder / "last.pt")
@@ -123,9 +127,9 @@ def test_torchvision(here):
 
 def test_timm(here):
     left = names_after(block('create_model("resnet18"'))
-    ours = common.build_backbone("vit_tiny_patch16").eval()
+    ours = common.build_backbone("vit_tiny_patch16", 160).eval()
     ours.load_state_dict(torch.load("runs/cribo-photos/backbone.pt", weights_only=True))
-    x = torch.randn(1, 3, 224, 224)
+    x = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
         theirs = left["vit"].eval().forward_features(x)
         maps, pooled = ours(x)

@@ -296,6 +296,8 @@ def warn(message):
 
 def report(error):
     """Says on stderr what ends this process, a bug with its traceback -> the exit code."""
+    if isinstance(error, ModuleNotFoundError):
+        error = UserError(f"{error}: copy that file here, or install it")
     message = str(error).rpartition("UserError: ")[2].strip()  # after a data worker's traceback
     # torch raises the loss of a worker amid whatever this process is at.
     lost = re.search(r"DataLoader (worker \(pid|timed out).*", f"{error} {error.__context__}")
@@ -303,7 +305,7 @@ def report(error):
         message = f"a data worker died or hung ({lost[0]}); try docker's --shm-size or --workers"
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # what all processes meet, the first one says: then torchrun ends all
-    if lost or isinstance(error, UserError | ModuleNotFoundError):  # a file was not copied along
+    if lost or isinstance(error, UserError):
         say(f"error: {printable(message)}", sys.stderr)
         return 2
     traceback.print_exception(error)
@@ -484,8 +486,7 @@ class Run:
                 raise UserError("the processes differ in their checkpoint, arguments or images")
 
     def start_log(self):
-        """Opens log.jsonl without the lines of steps that a crash undid, and writes backbone.json:
-        what backbone.pt does not say of itself."""
+        """Opens log.jsonl, without steps that a crash undid; writes backbone.json, the settings."""
         path = self.folder / "log.jsonl"
         text = path.read_bytes() if path.exists() else b""
         lines = re.finditer(rb'^{"step": (\d+), .*}\n', text, re.MULTILINE)
@@ -499,8 +500,7 @@ class Run:
         for key, value in self.settings.items():
             say(f"  {key:20} {value}")
         start = f"resumed at step {self.step}" if self.step else "a new run"
-        where = f"processes: {self.world} on {self.device.type}"
-        say(f"{self.folder}: {start} of {self.total}, {where}")
+        say(f"{self.folder}: {start} of {self.total}, processes: {self.world}, {self.device.type}")
         if not self.data.classes:
             paths = [self.data.name(index) for index in range(len(self.data))]
             for folder, count in Counter(map(os.path.dirname, paths)).most_common(10):
@@ -655,8 +655,8 @@ class Run:
                 say(f"{protocol} {why}: python {' '.join(command)}")
         script = here / "visualize.py"
         if script.exists() and importlib.util.find_spec("matplotlib"):
-            picture = self.folder / f"{figure.split()[0]}.png"
-            command = [str(script), *figure.split(), folder, "--out", str(picture)]
+            picture = f"{folder}/{figure.split()[0]}.png"
+            command = [str(script), *figure.split(), folder, "--out", picture]
             subprocess.run([sys.executable, *command], env=env, check=False)
         protocol = "linear" if labels else "features --out x.npy"
         say(f"{folder} holds backbone.pt (weights), last.pt (to go on), log.jsonl. Next:\n"

@@ -335,7 +335,7 @@ assert command(*{args!r}) == 0
 """
     code += f"""
 enter({str(tmp_path / "vicreg")!r})
-assert command("vicreg.py") == 2  # the scenes are in shapes.py
+assert command("vicreg.py") == 2  # shapes.py is not there
 """
     said = python(tmp_path, code)
     hint = "knn needs the folder evaluate/: python -m evaluate knn --checkpoint"

@@ -499,8 +499,8 @@ class Run:
         """Says the settings, where the run stands, and what may not be as it was meant."""
         for key, value in self.settings.items():
             say(f"  {key:20} {value}")
-        start = f"resumed at step {self.step}" if self.step else "a new run"
-        say(f"{self.folder}: {start} of {self.total}, processes: {self.world}, {self.device.type}")
+        how = f"resumed at step {self.step}" if self.step else "a new run"
+        say(f"{self.folder}: {how} of {self.total}, processes: {self.world} on {self.device.type}")
         if not self.data.classes:
             paths = [self.data.name(index) for index in range(len(self.data))]
             for folder, count in Counter(map(os.path.dirname, paths)).most_common(10):

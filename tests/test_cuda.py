@@ -290,7 +290,7 @@ def device_of_runs(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_thirty_steps_in_bf16(method, flags, tmp_path, monkeypatch, capsys):
     log = run(method, flags, tmp_path, "gpu", "--epochs", 6)
-    assert f"processes: 1, {DEVICE.type}" in capsys.readouterr().out
+    assert f"processes: 1 on {DEVICE.type}" in capsys.readouterr().out
     assert [line["step"] for line in log] == list(range(1, 31))
     assert checkpoint(tmp_path / "gpu")["step"] == 30  # all that it saves is finite
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -6,7 +6,7 @@ Yubei Chen, Adrien Bardes, Zengyi Li, Yann LeCun. TMLR 2023, arXiv:2206.08954
 Joint-embedding methods learn which patches occur together in an image. So each view is a patch of
 one fixed scale, and two patches of an image should have similar projections z. Four objectives keep
 all z from being the same: VICReg, total coding rate (TCR), SimCLR and the spectral loss. The image
-is then a bag: the mean of its patches' embeddings, before the projector (as in D; A, B mean z).
+is then a bag: the mean of its patches' embeddings, before the projector (names as in Appendix D).
 
     python bagssl.py                                         # a demonstration, on a CPU
     python bagssl.py --data cifar10 --loss tcr               # one GPU; or vicreg, simclr, spectral

@@ -70,7 +70,7 @@ def sample_views(image, size):
 def correspondences(boxes, flips, sizes, grid):
     """The places p_sc in I_sc of points p_c: the centres of a grid over the whole image. Section 3.
 
-    boxes (B, 4) and flips (B,) of I_sc, as in sample_views(); sizes (B, 2): whole heights, widths
+    boxes (B, 4) and flips (B,) of I_sc, as in sample_views(); sizes (B, 2): image height, width
     -> points (B, grid, grid, 2) as (x, y), -1 at the left or upper edge of I_sc and 1 at the other;
        valid (B, grid, grid): whether they fall inside I_sc.
     """

@@ -354,10 +354,10 @@ def vicregl_loss(embeddings, maps, pos, alpha=0.75, num_matches=(20, 20),
                  match_by="both"):
     """Eq. (4): alpha * global + (1 - alpha) * local. Algorithm 1, lines 13-15.
 
-    embeddings V x (B, D), maps V x (B, N, D), pos V x (B, N, 2) in pixels: of two large views, then
-    small ones -> the loss, and the terms of both criteria, unweighted, averaged over pairs of views
-    (i, j), i one of the first two, j any other; match_by and both numbers (large views, small
-    ones) as in local_criterion(). A collective, once differentiable; raises as vicreg_loss().
+    embeddings V x (B, D), maps V x (B, N, D), pos V x (B, N, 2) in pixels: two large views first
+    -> the loss, and the terms of both criteria, unweighted, averaged over pairs of views (i, j), i
+    one of the first two, j any other. num_matches, num_feature_matches (of large views, of small
+    ones), match_by: see local_criterion(). A collective, once differentiable; see vicreg_loss().
     """
     coefficients = (inv_coeff, var_coeff, cov_coeff)
     loss = 0.0

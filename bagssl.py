@@ -164,8 +164,8 @@ def invariance(z_a, z_b):
     return F.mse_loss(float32(z_a), float32(z_b))
 
 
-def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
-    """VICReg Eq. (6) as Algorithm 1 writes it; lambda, mu, nu are inv_, var_ and cov_coeff.
+def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0, gamma=1.0):
+    """VICReg Eq. (6), as in Algorithm 1; lambda, mu, nu: inv_, var_, cov_coeff; gamma: hinge().
 
     Projections z_a, z_b (n/G, D), n > 1 -> the loss, and its terms, unweighted. A collective: var
     and cov are those of all n rows. Once differentiable; raises as moments() does. Training calls
@@ -174,7 +174,7 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     inv = invariance(z_a, z_b)
     z_a, var_a, n = moments(float32(z_a))
     z_b, var_b, n = moments(float32(z_b))
-    var = hinge(var_a) + hinge(var_b)
+    var = hinge(var_a, gamma) + hinge(var_b, gamma)
     cov = off_diagonal(z_a, var_a, n) + off_diagonal(z_b, var_b, n)
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
     return loss, {"inv": inv, "var": var, "cov": cov}

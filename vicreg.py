@@ -25,8 +25,7 @@ Differences
  4. From the released code: no bias in the projector's last layer; residual branches start at zero;
     LARS (eta 0.001) neither decays nor scales biases and normalization; variance and covariance are
     over the batch of all processes; blur of 0.1 to 2 pixels at 224. Ours: in proportion at another
-    `--size`; incomplete batches are dropped; a linear classifier, which alone sees labels, reports
-    accuracy.
+    `--size`; incomplete batches are dropped; a linear classifier alone sees labels.
  5. cifar10, cifar100 and imagenet100 follow "Bag of Image Patch Embedding" (Appendix C.1, C.2): its
     learning rates are read as base rates. Those of shapes and small are this project's own.
 """
@@ -54,7 +53,8 @@ VIEWS = {  # the crop's share of the image's area; colours of the first and the 
 def sample_views(image, area, size):
     """Two views of a PIL image, [(box, flip, size), ...], drawn with torch's global generator. box:
     (top, left, height, width) in pixels, its share of the image in `area`; flip: mirrored."""
-    boxes = [RandomResizedCrop.get_params(image, area, ratio=(3 / 4, 4 / 3)) for _ in range(2)]
+    ratio = (3 / 4, 4 / 3)  # width to height
+    boxes = [RandomResizedCrop.get_params(image, area, ratio) for _ in range(2)]
     return [(box, torch.rand(()).item() < 0.5, size) for box in boxes]
 
 
@@ -146,8 +146,8 @@ def covariance(z):
     return off_diagonal(*moments(float32(z)))
 
 
-def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
-    """Eq. (6) as Algorithm 1 writes it; lambda, mu and nu are inv_coeff, var_coeff and cov_coeff.
+def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0, gamma=1.0):
+    """Eq. (6) as Algorithm 1 writes it; lambda, mu, nu: inv_, var_ and cov_coeff; gamma: hinge().
 
     Embeddings z_a, z_b (n/G, D), n > 1 -> the loss, and its terms, unweighted. A collective of G
     processes: var and cov are those of all n rows, and the gradient that DDP averages is that of
@@ -156,7 +156,7 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
     inv = invariance(z_a, z_b)
     z_a, var_a, n = moments(float32(z_a))
     z_b, var_b, n = moments(float32(z_b))
-    var = hinge(var_a) + hinge(var_b)
+    var = hinge(var_a, gamma) + hinge(var_b, gamma)
     cov = off_diagonal(z_a, var_a, n) + off_diagonal(z_b, var_b, n)
     loss = inv_coeff * inv + var_coeff * var + cov_coeff * cov
     return loss, {"inv": inv, "var": var, "cov": cov}
@@ -164,10 +164,11 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0):
 
 def correlation(y):
     """Mean squared correlation between dimensions of representations y (B, D). Eq. (10)."""
-    y = y.detach().float().T
+    y = y.float().T
     y = F.normalize(y - y.mean(1, keepdim=True))  # (D, B); a constant dimension is 0
     c = y @ y.T  # (D, B) (B, D) -> (D, D)
-    return c.square().fill_diagonal_(0).sum() / (len(c) * (len(c) - 1))
+    d = len(c)
+    return c.square().fill_diagonal_(0).sum() / (d * (d - 1))
 
 
 # --- 3. Model -------------------------------------------------------------------------------------
@@ -185,19 +186,17 @@ def mlp(*widths, norm=nn.BatchNorm1d):
 
 
 class VICReg(nn.Module):
-    """Backbone, projector and linear classifier. Appendix B.1; normalization: Table 4b.
-
-    backbone: images (B, 3, H0, W0) -> maps (B, N, D), representations (B, D), with D = .dim
-    """
+    """Backbone, projector and linear classifier. Appendix B.1; normalization: Table 4b."""
 
     def __init__(self, backbone, widths=(8192, 8192, 8192), num_classes=0, normalization=()):
         super().__init__()
-        self.backbone = backbone
+        self.backbone = backbone  # images -> maps (B, N, D), representations (B, D), with D = .dim
         norm = nn.Identity if "no-bn" in normalization else nn.BatchNorm1d
         self.projector = mlp(backbone.dim, *widths, norm=norm)
         if "standardize" in normalization:
-            last = nn.BatchNorm1d(widths[-1]).requires_grad_(False)
-            self.projector.append(last)
+            self.projector.append(nn.BatchNorm1d(widths[-1], affine=False))
+        if "l2" in normalization:  # |z| = sqrt(D): gamma stays 1, Eq. (5) becomes 2 + 2 Eq. (9)
+            self.projector.append(nn.RMSNorm(widths[-1], elementwise_affine=False))
         self.probe = nn.Linear(backbone.dim, num_classes) if num_classes else None
 
     def forward(self, x_a, x_b):
@@ -242,12 +241,13 @@ def train(args):
     area, colours = VIEWS[args.views]
     colours = [common.Photometric(**colour, size=args.size) for colour in colours]
     sample = functools.partial(sample_views, area=area, size=args.size)
+    coefficients = args.inv_coeff, args.var_coeff, args.cov_coeff, args.gamma
     for batch in run.batches(sample):
         x_a, x_b = common.recolour(colours, batch.views)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             z_a, z_b, y_a, logits = ddp(x_a, x_b)
-        loss, parts = vicreg_loss(z_a, z_b, args.inv_coeff, args.var_coeff, args.cov_coeff)
+        loss, parts = vicreg_loss(z_a, z_b, *coefficients)
         probe_loss, accuracy = training.probe(logits, batch.labels)
 
         lr = run.set_lr()
@@ -271,8 +271,9 @@ def main():
     flag("--inv-coeff", type=float, default=25.0, help="lambda, weight of the invariance term")
     flag("--var-coeff", type=float, default=25.0, help="mu, weight of the variance term")
     flag("--cov-coeff", type=float, default=1.0, help="nu, weight of the covariance term")
-    flag("--normalization", nargs="+", default=[], choices=["standardize", "no-bn"],
-         help="Table 4b: of the embeddings; none in the projector")
+    flag("--gamma", type=float, default=1.0, help="standard deviation aimed at, Eq. (1)")
+    flag("--normalization", nargs="+", default=[], choices=["standardize", "l2", "no-bn"],
+         help="Table 4b: of the embeddings, two ways; none in the projector")
     try:
         from training import launch
     except ModuleNotFoundError:

@@ -86,6 +86,9 @@ def test_known_values():
     torch.testing.assert_close(variance(z).item(), 0.0)
     torch.testing.assert_close(variance(z, gamma=2.0, eps=0.0).item(), 2 - 2 ** 0.5)
     torch.testing.assert_close(vicreg_loss(z, z + 2)[1]["inv"].item(), 4.0)
+    target = (2 + 1e-4) ** 0.5 + 0.25  # a quarter above each deviation, in both views
+    torch.testing.assert_close(vicreg_loss(z, z, gamma=target)[1]["var"].item(), 0.5)
+    assert vicreg_loss(z, z)[1]["var"] == 0
 
 
 @pytest.mark.parametrize("n,d", [(20, 60), (60, 20)])
@@ -228,6 +231,25 @@ def test_normalized_embeddings_of_table_4b(inner):
     z = embeddings("standardize")  # the covariances are correlations
     torch.testing.assert_close(z.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.var(0, correction=0), torch.ones(6), atol=1e-4, rtol=0)
+    z = embeddings("l2")
+    torch.testing.assert_close(z.norm(dim=1), torch.full((7,), 6 ** 0.5))
+
+
+def test_l2_normalization_is_that_of_eq_9():
+    """On the sphere of radius sqrt(D) with gamma = 1, as on the unit sphere with 1 / sqrt(D)."""
+    d = 6
+    model = vicreg.VICReg(common.build_backbone("tiny_convnet", 32), (8, d), normalization=["l2"])
+    raw = torch.randn(2, 7, d)
+    z_a, z_b = model.projector[-1](raw)
+    _, parts = vicreg_loss(z_a, z_b)
+
+    unit_a, unit_b = raw / raw.norm(dim=2, keepdim=True)
+    similarity = -(unit_a * unit_b).sum(1).mean()  # Eq. (9)
+    torch.testing.assert_close(parts["inv"], 2 + 2 * similarity)
+    hinges = [variance(z, gamma=d ** -0.5, eps=1e-4 / d) for z in (unit_a, unit_b)]
+    torch.testing.assert_close(parts["var"], d ** 0.5 * sum(hinges))
+    covariances = covariance(unit_a) + covariance(unit_b)
+    torch.testing.assert_close(parts["cov"], d ** 2 * covariances)
 
 
 def test_flags_of_table_4b(flags, tmp_path):
@@ -236,8 +258,11 @@ def test_flags_of_table_4b(flags, tmp_path):
     model = checkpoint(tmp_path / "a")["model"]
     norms = {name.rsplit(".", 1)[0] for name in model if name.endswith("running_var")}
     assert "projector.4" in norms and "projector.1" not in norms
-    assert (model["projector.4.weight"] == 1).all() and not model["projector.4.bias"].any()
+    assert "projector.4.weight" not in model
     assert lines(tmp_path / "a")[-1]["loss"] > 0
+    how = ("--epochs", 1, "--normalization", "l2", "--gamma", 50, "--out", tmp_path)
+    assert run("vicreg", *flags("vicreg"), *how, "--name", "b") == 0
+    assert 98 < lines(tmp_path / "b")[-1]["var"] < 100  # of two views, each near 50 - 1
 
 
 def test_model_pairs_views_and_embeddings():

@@ -32,6 +32,7 @@ Differences
     precision, initialization, blur, dropped batches, and the linear classifier, which sees I_sc.
 10. Names: the paper's I_t and p_t are I_sc and p_sc here. Its pooled f is the representation y; our
     f_c and f_sc are the local projections of its maps F.
+11. No variance term for BYOL (VICReg's Table 3): 40 lines more, and that BYOL crops both its views.
 """
 import argparse
 import copy
@@ -280,7 +281,6 @@ def train(args):
     run = training.Run(args, model, optimizer, data, device)  # resumes
 
     colours = [common.Photometric(**colour, size=args.size) for colour in COLOURS]
-
     for batch in run.batches(functools.partial(sample_views, size=args.size)):
         x_c, x_sc = common.recolour(colours, batch.views)
         points, valid = correspondences(batch.boxes[:, 1], batch.flips[:, 1], batch.sizes, grid)

@@ -49,12 +49,18 @@ TRAINING = {  # name: what the table calls it, its command
     "cribo-9000": ("bank of 9,000, nearly all", "cribo.py --bank-images 9000"),
     "bagssl": ("BagSSL", "bagssl.py"),
 }
+LC_DINO = "-m docs.lc_dino --data imagenette160 --recipe shapes --epochs 5"
+ON_DINO = {  # the same, on Imagenette (160 pixels) in $DATA
+    "dino": ("DINO", f"{LC_DINO} --alpha 0"),
+    "lc_dino": ("LC-loss on DINO", LC_DINO),
+}
 CLAIMS = {  # a method's own protocol
     "vicreg.py": [],
     "vicregl.py": ["correspond"],
     "lc_loss.py": ["correspond"],
     "cribo.py": ["clusters"],
     "bagssl.py": ["bag"],
+    "docs.lc_dino": ["correspond"],
 }
 PHOTOGRAPHS = {  # on Imagenette (160 pixels), in $DATA: what the table calls a run, its command
     "supervised": ("supervised", "docs/results/supervised.py --epochs 12"),
@@ -82,13 +88,14 @@ VOC = {  # title: of which protocol, row, column, on a part of VOC, of the netwo
 
 
 def train_command(name, seed):
-    script = TRAINING[name][1]
+    script = (TRAINING | ON_DINO)[name][1]
     return f"python {script} --log-every 10 --seed {seed} --out runs/results --name {name}-s{seed}"
 
 
 def protocols(name):
     """What a run of this method ends with."""
-    script = TRAINING[name][1].split()[0]
+    words = train_command(name, 0).split()
+    script = words[2] if words[1] == "-m" else words[1]
     return ["knn", *CLAIMS[script]]
 
 
@@ -100,7 +107,7 @@ def is_done(name, seed):
 def run(*names):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for seed in SEEDS:
-        for name in names or TRAINING:
+        for name in names or TRAINING | ON_DINO:
             if not is_done(name, seed):
                 command = f"{train_command(name, seed)} --workers 1"
                 print(command, flush=True)
@@ -121,7 +128,7 @@ def circumstances():
 
 def collect():
     about = circumstances()
-    for name in TRAINING:
+    for name in TRAINING | ON_DINO:
         for seed in SEEDS:
             source, place = RUNS / f"{name}-s{seed}", KEPT / name / f"seed{seed}"
             if is_done(name, seed) and not place.exists():
@@ -279,20 +286,28 @@ def minutes(places):
     return f"{statistics.median(times):.1f}"
 
 
-def table():
-    lines = [["", "command", *COLUMNS, "minutes", "seeds"], ["---"] * (len(COLUMNS) + 4)]
-    for name, (label, command) in TRAINING.items():
+def table(runs, columns):
+    lines = [["", "command", *columns, "minutes", "seeds"], ["---"] * (len(columns) + 4)]
+    for name, (label, command) in runs.items():
         places = sorted((KEPT / name).glob("seed*"))
         if places:
-            cells = [cell(numbers(places, *where)) for where in COLUMNS.values()]
+            cells = [cell(numbers(places, *COLUMNS[column])) for column in columns]
             lines.append([label, f"`{command}`", *cells, minutes(places), str(len(places))])
     return markdown(lines)
+
+
+def tables():
+    return {
+        "results": table(TRAINING, COLUMNS),
+        "photographs": photographs_table(),
+        "dino": table(ON_DINO, ["untrained", "k-NN", "found, untrained", "found"]),
+    }
 
 
 def write_tables():
     path = ROOT / "docs" / "results.md"
     text = path.read_text()
-    for mark, rows in (("results", table()), ("photographs", photographs_table())):
+    for mark, rows in tables().items():
         before, rest = text.split(f"<!-- {mark} -->\n")
         after = rest.split("<!-- end -->", 1)[1]
         text = f"{before}<!-- {mark} -->\n{rows}<!-- end -->{after}"

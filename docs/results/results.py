@@ -135,8 +135,8 @@ def collect():
                 place.mkdir(parents=True)
                 line = dict(command=train_command(name, seed), **about)
                 (place / "run.json").write_text(json.dumps(line) + "\n")
-                for file in ("log", *protocols(name)):
-                    shutil.copy(source / f"{file}.jsonl", place)
+                for file in source.glob("*.jsonl"):  # the log, evaluations
+                    shutil.copy(file, place)
 
 
 def machine():

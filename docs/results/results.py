@@ -65,10 +65,13 @@ CLAIMS = {  # a method's own protocol
 PHOTOGRAPHS = {  # on Imagenette (160 pixels), in $DATA: what the table calls a run, its command
     "supervised": ("supervised", "docs/results/supervised.py --epochs 12"),
     "vicreg": ("VICReg", "vicreg.py --recipe shapes --epochs 12"),
-    "vicreg-30": ("VICReg, longer", "vicreg.py --recipe shapes --epochs 30 --base-lr 3"),
+    "vicreg-60": ("VICReg, longer", "vicreg.py --recipe shapes --epochs 60 --base-lr 2"),
     "vicregl": ("VICRegL", "vicregl.py --recipe shapes --epochs 12"),
+    "vicregl-20": ("VICRegL, longer", "vicregl.py --recipe shapes --epochs 20 --base-lr 3"),
     "lc_loss": ("LC-loss", "lc_loss.py --recipe shapes --epochs 10"),
+    "lc_loss-20": ("LC-loss, longer", "lc_loss.py --recipe shapes --epochs 20 --base-lr 2"),
     "cribo": ("CrIBo", "cribo.py --recipe shapes --epochs 10 --bank-images 1000"),
+    "dino": ("its DINO", "cribo.py --recipe shapes --epochs 10 --no-object --no-cross-image"),
     "bagssl": ("BagSSL", "bagssl.py --recipe shapes --epochs 12"),
 }
 COLUMNS = {  # title: of which protocol, row (the run's own are the first), column

@@ -71,7 +71,7 @@ PHOTOGRAPHS = {  # on Imagenette (160 pixels), in $DATA: what the table calls a 
     "lc_loss": ("LC-loss", "lc_loss.py --recipe shapes --epochs 10"),
     "lc_loss-20": ("LC-loss, longer", "lc_loss.py --recipe shapes --epochs 20 --base-lr 2"),
     "cribo": ("CrIBo", "cribo.py --recipe shapes --epochs 10 --bank-images 1000"),
-    "dino": ("its DINO", "cribo.py --recipe shapes --epochs 10 --no-object --no-cross-image"),
+    "dino": ("DINO alone", "cribo.py --recipe shapes --epochs 10 --no-object --no-cross-image"),
     "bagssl": ("BagSSL", "bagssl.py --recipe shapes --epochs 12"),
 }
 COLUMNS = {  # title: of which protocol, row (the run's own are the first), column
@@ -227,15 +227,20 @@ def draw_photographs(path):
     from matplotlib import pyplot
 
     figure, ax = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    colours = {}
     for name, (label, _) in PHOTOGRAPHS.items():
         place = KEPT / "imagenette" / f"{name}.json"
         if place.exists():
             curve = json.loads(place.read_text())["curve"]
-            style = "--" if name == "supervised" else "-"
+            method, *longer = label.split(", ")
+            colour = colours.setdefault(method, f"C{len(colours)}")
+            style = "--" if longer else "-"
+            width = 2.5 if method == "supervised" else 1.5
             epochs = [int(epoch) for epoch in curve]
-            ax.plot(epochs, list(curve.values()), style, label=label)
+            ax.plot(epochs, list(curve.values()), style, c=colour, lw=width, label=label)
     ax.set_xscale("symlog", linthresh=1)  # epoch 0 is the untrained network
-    ax.set_xticks([0, 1, 3, 10, 30], [0, 1, 3, 10, 30])
+    ticks = [0, 1, 3, 10, 30, 60]
+    ax.set_xticks(ticks, ticks)
     ax.set(xlabel="epoch", ylabel="k-NN accuracy in %", title="Imagenette at 64 pixels")
     ax.grid(alpha=0.3)
     ax.legend(ncols=2)

@@ -226,7 +226,7 @@ def draw_photographs(path):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, ax = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    figure, ax = pyplot.subplots(figsize=(7.5, 4), layout="constrained")
     colours = {}
     for name, (label, _) in PHOTOGRAPHS.items():
         place = KEPT / "imagenette" / f"{name}.json"
@@ -243,7 +243,7 @@ def draw_photographs(path):
     ax.set_xticks(ticks, ticks)
     ax.set(xlabel="epoch", ylabel="k-NN accuracy in %", title="Imagenette at 64 pixels")
     ax.grid(alpha=0.3)
-    ax.legend(ncols=2)
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 

@@ -38,6 +38,7 @@ TRAINING = {  # name: what the table calls it, its command
     "vicreg": ("VICReg", "vicreg.py"),
     "vicreg-no-var": ("without variance", "vicreg.py --var-coeff 0"),
     "vicreg-no-cov": ("without covariance", "vicreg.py --cov-coeff 0"),
+    "vicreg-l2": ("l2-normalization", "vicreg.py --normalization l2 --inv-coeff 12.5"),
     "vicregl": ("VICRegL", "vicregl.py"),
     "vicregl-1": ("the global criterion alone", "vicregl.py --alpha 1"),
     "lc_loss": ("LC-loss", "lc_loss.py"),

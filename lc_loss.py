@@ -32,7 +32,7 @@ Differences
     precision, initialization, blur, dropped batches, and the linear classifier, which sees I_sc.
 10. Names: the paper's I_t and p_t are I_sc and p_sc here. Its pooled f is the representation y; our
     f_c and f_sc are the local projections of its maps F.
-11. No variance term for BYOL (VICReg's Table 3): 40 lines more, and that BYOL crops both its views.
+11. VICReg's Table 3 adds a variance term to BYOL. Not here: 40 lines; its BYOL crops both views.
 """
 import argparse
 import copy

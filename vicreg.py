@@ -25,7 +25,7 @@ Differences
  4. From the released code: no bias in the projector's last layer; residual branches start at zero;
     LARS (eta 0.001) neither decays nor scales biases and normalization; variance and covariance are
     over the batch of all processes; blur of 0.1 to 2 pixels at 224. Ours: in proportion at another
-    `--size`; incomplete batches are dropped; a linear classifier alone sees labels.
+    `--size`; incomplete batches are dropped; only a linear classifier sees labels.
  5. cifar10, cifar100 and imagenet100 follow "Bag of Image Patch Embedding" (Appendix C.1, C.2): its
     learning rates are read as base rates. Those of shapes and small are this project's own.
 """
@@ -163,7 +163,7 @@ def vicreg_loss(z_a, z_b, inv_coeff=25.0, var_coeff=25.0, cov_coeff=1.0, gamma=1
 
 
 def correlation(y):
-    """Mean squared correlation between dimensions of representations y (B, D). Eq. (10)."""
+    """Mean squared correlation of dimensions of one view's representations y (B, D). Eq. (10)."""
     y = y.float().T
     y = F.normalize(y - y.mean(1, keepdim=True))  # (D, B); a constant dimension is 0
     c = y @ y.T  # (D, B) (B, D) -> (D, D)

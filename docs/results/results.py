@@ -51,7 +51,7 @@ TRAINING = {  # name: what the table calls it, its command
     "bagssl": ("BagSSL", "bagssl.py"),
 }
 LC_DINO = "-m docs.lc_dino --data imagenette160 --recipe shapes --epochs 5"
-ON_DINO = {  # the same, on Imagenette (160 pixels) in $DATA
+ON_DINO = {  # as TRAINING, but on Imagenette (160 pixels) in $DATA
     "dino": ("DINO", f"{LC_DINO} --alpha 0"),
     "lc_dino": ("LC-loss on DINO", LC_DINO),
 }
